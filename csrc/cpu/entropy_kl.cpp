@@ -1,0 +1,118 @@
+#include "entropy_kl.h"
+
+#include "rows.h"
+
+namespace dtf {
+namespace {
+
+template <typename T>
+DTF_INLINE void forward(const EntropyKLForward<T>& k, int64_t begin, int64_t end) {
+  using A = Compute<T>;
+  using L = Lanes<A>;
+  for_rows<A>(
+      begin, end, k.classes,
+      [&](int64_t first, int64_t count) DTF_LAMBDA_INLINE {
+        RowBlock<T> clean, adv;
+        clean.read(k.clean + first * k.classes, count, k.classes);
+        adv.read(k.adv + first * k.classes, count, k.classes);
+        L clean_max = row_maximum(clean, k.classes), adv_max = row_maximum(adv, k.classes);
+        EntropyKLSums<L> sums;
+        for (int64_t c = 0; c < k.classes; ++c) sums.add(clean[c] - clean_max, adv[c] - adv_max);
+        store_part(k.entropy + first, sums.entropy(), count);
+        store_part(k.kl + first, sums.kl(), count);
+        L clean_log = log(sums.exp_clean), adv_log = log(sums.exp_adv);
+        for (int64_t i = 0; i < count; ++i) {
+          A* n = k.normalisers + 4 * (first + i);
+          n[0] = clean_max.v[i], n[1] = clean_log.v[i], n[2] = adv_max.v[i], n[3] = adv_log.v[i];
+        }
+      },
+      [&](int64_t row) DTF_LAMBDA_INLINE {
+        const T *clean = k.clean + row * k.classes, *adv = k.adv + row * k.classes;
+        constexpr A nothing = -std::numeric_limits<A>::infinity();
+        A clean_max = row_maximum(clean, k.classes), adv_max = row_maximum(adv, k.classes);
+        EntropyKLSums<L> lanes;
+        for_lanes<A>(0, k.classes, [&](int64_t c, auto part) DTF_LAMBDA_INLINE {
+          lanes.add(part.load(clean + c, nothing) - L(clean_max), part.load(adv + c, nothing) - L(adv_max));
+        });
+        EntropyKLSums<A> sums{sum(lanes.exp_clean), sum(lanes.exp_adv), sum(lanes.clean_shift), sum(lanes.difference)};
+        k.entropy[row] = sums.entropy();
+        k.kl[row] = sums.kl();
+        A* n = k.normalisers + 4 * row;
+        n[0] = clean_max, n[1] = log(sums.exp_clean), n[2] = adv_max, n[3] = log(sums.exp_adv);
+      });
+}
+
+// The gradients of one vector: of rows (everything per lane) or of classes (everything but z the same in all lanes).
+template <typename V>
+struct GradTerms {
+  V grad_entropy, grad_kl, entropy, kl;
+  Normaliser<V> clean, adv;
+  bool has_entropy, has_kl;
+
+  DTF_INLINE EntropyKLGrad<V> operator()(V clean_logit, V adv_logit) const {
+    V log_p = clean.log_prob(clean_logit), p = exp(log_p);
+    EntropyKLGrad<V> total{V(0), V(0)};
+    if (has_kl) {
+      EntropyKLGrad<V> g = kl_grad(p, log_p, adv.log_prob(adv_logit), kl);
+      total = {grad_kl * g.clean, grad_kl * g.adv};
+    }
+    if (has_entropy) total.clean = total.clean + grad_entropy * entropy_grad(p, log_p, entropy);
+    return total;
+  }
+};
+
+template <typename T>
+DTF_INLINE void backward(const EntropyKLBackward<T>& k, int64_t begin, int64_t end) {
+  using A = Compute<T>;
+  using L = Lanes<A>;
+  const bool has_entropy = k.grad_entropy != nullptr, has_kl = k.grad_kl != nullptr;
+  for_rows<A>(
+      begin, end, k.classes,
+      [&](int64_t first, int64_t count) DTF_LAMBDA_INLINE {
+        RowBlock<T> clean, adv;
+        clean.read(k.clean + first * k.classes, count, k.classes);
+        adv.read(k.adv + first * k.classes, count, k.classes);
+        RowBlock<A> n;
+        n.read(k.normalisers + first * 4, count, 4);
+        auto rows = [&](const A* values) DTF_LAMBDA_INLINE { return load_part(values + first, count, A(0)); };
+        GradTerms<L> terms{has_entropy ? rows(k.grad_entropy) : L(0),
+                           has_kl ? rows(k.grad_kl) : L(0),
+                           rows(k.entropy),
+                           rows(k.kl),
+                           {n[0], n[1]},
+                           {n[2], n[3]},
+                           has_entropy,
+                           has_kl};
+        for (int64_t c = 0; c < k.classes; ++c) {
+          EntropyKLGrad<L> g = terms(clean[c], adv[c]);
+          clean.set(c, g.clean);
+          adv.set(c, g.adv);
+        }
+        clean.write(k.grad_clean + first * k.classes, count, k.classes);
+        adv.write(k.grad_adv + first * k.classes, count, k.classes);
+      },
+      [&](int64_t row) DTF_LAMBDA_INLINE {
+        const A* n = k.normalisers + 4 * row;
+        GradTerms<L> terms{has_entropy ? L(k.grad_entropy[row]) : L(0),
+                           has_kl ? L(k.grad_kl[row]) : L(0),
+                           L(k.entropy[row]),
+                           L(k.kl[row]),
+                           {L(n[0]), L(n[1])},
+                           {L(n[2]), L(n[3])},
+                           has_entropy,
+                           has_kl};
+        int64_t start = row * k.classes;
+        for_lanes<A>(start, start + k.classes, [&](int64_t i, auto part) DTF_LAMBDA_INLINE {
+          EntropyKLGrad<L> g = terms(part.load(k.clean + i, A(0)), part.load(k.adv + i, A(0)));
+          part.store(k.grad_clean + i, g.clean);
+          part.store(k.grad_adv + i, g.adv);
+        });
+      });
+}
+
+}  // namespace
+
+DTF_DEFINE_KERNEL(EntropyKLForward, forward)
+DTF_DEFINE_KERNEL(EntropyKLBackward, backward)
+
+}  // namespace dtf

@@ -1,0 +1,92 @@
+"""What every attack has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dtrades_fast.attacks.objectives import Objective
+
+#: Anything that maps images [N, C, H, W] in [0, 1] to logits [N, classes].
+Model = Callable[[Tensor], Tensor]
+
+
+class Attack(ABC):
+    """``(model, images, labels) -> adversarial images``.
+
+    An attack leaves the model as it found it (each module's mode, gradients, ``requires_grad``) and does not touch the
+    global random state. In eval mode a sample's result depends on that sample, its index and the key alone.
+    """
+
+    @abstractmethod
+    def perturb(self, model: Model, images: Tensor, labels: Tensor, index: Tensor, key: int) -> Tensor:
+        """The attack itself, on a frozen model."""
+
+    def __call__(
+        self, model: Model, images: Tensor, labels: Tensor, *, index: Tensor | None = None, key: int = 0
+    ) -> Tensor:
+        """Adversarial images [N, C, H, W] in the ball around ``images`` and in [0, 1].
+
+        Args:
+            model: maps images in [0, 1] to logits; an ``nn.Module`` is attacked in eval mode.
+            images: [N, C, H, W], floating point in [0, 1].
+            labels: [N], int64: the true classes, or the classes to reach for a targeted attack.
+            index: [N], int64, each sample's index for its random numbers; 0..N-1 if not given.
+            key: the stream of random numbers, see :func:`dtrades_fast.rng.key`.
+        """
+        check_images(images, labels)
+        if index is None:
+            index = torch.arange(len(images), device=images.device)
+        with frozen(model):
+            return self.perturb(model, images, labels, index, key)
+
+
+def check_images(images: Tensor, labels: Tensor) -> None:
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images must be a floating-point tensor in [0, 1], got {got}")
+    if images.dim() != 4:
+        raise ValueError(f"images must have shape [N, C, H, W], got {list(images.shape)}")
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an int64 tensor, got {got}")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"labels must have shape [{len(images)}], one per image, got {list(labels.shape)}")
+
+
+@contextmanager
+def frozen(model: Model) -> Iterator[None]:
+    """Eval mode and no parameter gradients inside; afterwards every module and parameter is as it was."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    needing = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for parameter in needing:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter in needing:
+            parameter.requires_grad_(True)
+
+
+def input_gradient(model: Model, images: Tensor, objective: Objective) -> Tensor:
+    """Per-sample gradient of the objective with respect to the images, [N, C, H, W].
+
+    The objective enters through its closed-form gradient to the logits, so no loss graph is built. The objective is
+    summed, not averaged, over the batch: with a model in eval mode each row is that sample's own gradient.
+    """
+    with torch.enable_grad():
+        images = images.detach().requires_grad_()
+        logits = model(images)
+        (gradient,) = torch.autograd.grad(logits, images, objective.logit_grad(logits.detach()))
+    return gradient

@@ -1,0 +1,122 @@
+"""Projected gradient descent (Madry et al. 2018), Linf and L2, with restarts, targeted or not, CE or KL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dtrades_fast import rng
+from dtrades_fast.attacks.base import Attack, Model, input_gradient
+from dtrades_fast.attacks.objectives import KL, CrossEntropy, Objective, Targeted
+from dtrades_fast.ops import pgd_step_, random_start
+
+#: Standard deviation of the start that TRADES publishes, in pixel units.
+GAUSSIAN_START = 0.001
+
+
+class PGDResult(NamedTuple):
+    """``adv`` after the last step, the gradient that step used (taken one step before), and the objective."""
+
+    adv: Tensor
+    last_gradient: Tensor | None
+    objective: Objective
+
+
+@dataclass(frozen=True)
+class PGD(Attack):
+    """``steps`` ascent steps of ``step_size``, each projected onto the ball of radius ``epsilon`` and onto [0, 1].
+
+    Args:
+        epsilon: radius of the ball in pixel units.
+        steps: number of steps; 0 gives the start.
+        step_size: in pixel units; ``epsilon / 4`` if not given.
+        norm: ``"linf"`` or ``"l2"``.
+        objective: ``"ce"`` (cross-entropy to the labels) or ``"kl"`` (divergence from the clean prediction).
+        start: ``"uniform"`` in the ball, ``"gaussian"`` (0.001 N(0, 1), as TRADES) or ``"clean"``. With ``"kl"`` the
+            clean image has an exactly zero gradient, so ``"clean"`` is refused there.
+        restarts: independent starts; a sample keeps the first that fools the model, else that of highest objective.
+        targeted: the labels given are classes to reach; ``"ce"`` only.
+    """
+
+    epsilon: float
+    steps: int = 10
+    step_size: float | None = None
+    norm: Literal["linf", "l2"] = "linf"
+    objective: Literal["ce", "kl"] = "ce"
+    start: Literal["uniform", "gaussian", "clean"] = "uniform"
+    restarts: int = 1
+    targeted: bool = False
+
+    def __post_init__(self) -> None:
+        if self.epsilon < 0:
+            raise ValueError(f"epsilon must be >= 0 in pixel units, got {self.epsilon}")
+        if self.steps < 0:
+            raise ValueError(f"steps must be >= 0, got {self.steps}")
+        if self.step_size is not None and self.step_size <= 0:
+            raise ValueError(f"step_size must be > 0 in pixel units, got {self.step_size}")
+        if self.restarts < 1:
+            raise ValueError(f"restarts must be >= 1, got {self.restarts}")
+        for name, value, allowed in (
+            ("norm", self.norm, ("linf", "l2")),
+            ("objective", self.objective, ("ce", "kl")),
+            ("start", self.start, ("uniform", "gaussian", "clean")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        if self.objective == "kl" and self.start == "clean":
+            raise ValueError("objective='kl' has a zero gradient at the clean image: use start='gaussian' or 'uniform'")
+        if self.objective == "kl" and self.targeted:
+            raise ValueError("targeted needs objective='ce': KL has no target class")
+
+    def perturb(self, model: Model, images: Tensor, labels: Tensor, index: Tensor, key: int) -> Tensor:
+        objective = self.make_objective(model, images, labels)
+        if self.restarts == 1:
+            return self.ascend(model, images, objective, index, key).adv
+        return self._worst_of_restarts(model, images, labels, objective, index, key)
+
+    def make_objective(self, model: Model, images: Tensor, labels: Tensor) -> Objective:
+        """The objective for this batch; for KL this is the one forward pass on the clean images."""
+        if self.objective == "kl":
+            with torch.no_grad():
+                return KL(model(images).log_softmax(-1))
+        return Targeted(labels) if self.targeted else CrossEntropy(labels)
+
+    def ascend(self, model: Model, images: Tensor, objective: Objective, index: Tensor, key: int) -> PGDResult:
+        """One run from one start, on a model that is already frozen. No host synchronisation."""
+        step_size = self.epsilon / 4 if self.step_size is None else self.step_size
+        adv, gradient = self._start(images, index, key), None
+        for _ in range(self.steps):
+            gradient = input_gradient(model, adv, objective)
+            pgd_step_(adv, gradient, images, step_size, self.epsilon, norm=self.norm)
+        return PGDResult(adv, gradient, objective)
+
+    def _start(self, images: Tensor, index: Tensor, key: int) -> Tensor:
+        if self.start == "clean":
+            return images.detach().clone()
+        if self.start == "gaussian":
+            return random_start(images.detach(), index, "gaussian", GAUSSIAN_START, key)
+        return random_start(images.detach(), index, self.norm, self.epsilon, key)
+
+    def _worst_of_restarts(
+        self, model: Model, images: Tensor, labels: Tensor, objective: Objective, index: Tensor, key: int
+    ) -> Tensor:
+        worst = images.detach().clone()
+        highest = torch.full(images.shape[:1], -torch.inf, device=images.device)
+        standing = torch.arange(len(images), device=images.device)  # samples that no restart has fooled yet
+        for restart in range(self.restarts):
+            if len(standing) == 0:
+                break
+            part = objective.select(standing)
+            adv = self.ascend(model, images[standing], part, index[standing], rng.key(key, "restart", restart)).adv
+            with torch.no_grad():
+                logits = model(adv)
+            fooled = (logits.argmax(1) == labels[standing]) == self.targeted
+            value = part.value(logits).float()
+            better = fooled | (value > highest[standing])
+            worst[standing[better]] = adv[better]
+            highest[standing[better]] = value[better]
+            standing = standing[~fooled]
+        return worst

@@ -1,0 +1,192 @@
+"""Every operator in plain PyTorch: the oracle of the tests, the fallback without a compiler, the benchmarks' baseline.
+
+Written to be read: one function per operator, the formula as PyTorch says it. Each accepts any device and any floating
+dtype, computes half precision in float32, and is differentiable by ordinary autograd where the formula is.
+The arguments are not checked here; the public functions in :mod:`dtrades_fast.ops` do that.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "entropy_kl",
+    "lambda_x",
+    "logit_grad_ce",
+    "logit_grad_kl",
+    "pgd_step_",
+    "philox",
+    "random_start",
+    "sample_stats",
+]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that results per sample have: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(compute_dtype(x.dtype))
+
+
+def _expected(p: Tensor, value: Tensor) -> Tensor:
+    """``sum_c p_c value_c`` with ``0 * (+-inf) = 0``, NaN in ``p`` kept, and a finite gradient where p is 0."""
+    return (p * torch.where(p != 0, value, 0)).sum(-1)
+
+
+def _per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """[N] -> [N, 1, ..., 1], to broadcast over the samples of ``like``."""
+    return value.view(-1, *[1] * (like.dim() - 1))
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """Per-sample L2 norm, squares summed in float64 so that tiny gradients (1e-25) do not vanish."""
+    return torch.linalg.vector_norm(x.flatten(1).double(), dim=1).to(compute_dtype(x.dtype))
+
+
+def entropy_kl(clean_logits: Tensor, adv_logits: Tensor) -> tuple[Tensor, Tensor]:
+    log_p, log_q = _wide(clean_logits).log_softmax(-1), _wide(adv_logits).log_softmax(-1)
+    p = log_p.exp()
+    return -_expected(p, log_p), _expected(p, log_p - log_q)
+
+
+def entropy_kl_backward(
+    grad_entropy: Tensor, grad_kl: Tensor, clean_logits: Tensor, adv_logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    log_p, log_q = _wide(clean_logits).log_softmax(-1), _wide(adv_logits).log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    entropy, kl = -_expected(p, log_p), _expected(p, log_p - log_q)
+    d_entropy = -p * torch.where(p != 0, log_p + entropy[:, None], 0)
+    d_kl = p * torch.where(p != 0, log_p - log_q - kl[:, None], 0)
+    grad_clean = grad_entropy[:, None] * d_entropy + grad_kl[:, None] * d_kl
+    return grad_clean.to(clean_logits.dtype), (grad_kl[:, None] * (q - p)).to(adv_logits.dtype)
+
+
+def softmax_backward(grad: Tensor, logits: Tensor) -> Tensor:
+    p = _wide(logits).softmax(-1)
+    grad = _wide(grad)
+    return (p * (grad - (p * grad).sum(-1, keepdim=True))).to(logits.dtype)
+
+
+def logit_grad_kl(adv_logits: Tensor, clean_log_probs: Tensor) -> Tensor:
+    return (_wide(adv_logits).softmax(-1) - _wide(clean_log_probs).exp()).to(adv_logits.dtype)
+
+
+def logit_grad_ce(logits: Tensor, labels: Tensor) -> Tensor:
+    one_hot = torch.nn.functional.one_hot(labels, logits.shape[-1])
+    return (_wide(logits).softmax(-1) - one_hot).to(logits.dtype)
+
+
+def sample_stats(
+    grad: Tensor, adv: Tensor, clean: Tensor, epsilon: float, lower: float, upper: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g, a, x = _wide(grad).flatten(1), _wide(adv).flatten(1), _wide(clean).flatten(1)
+    rise = torch.maximum(g * ((x + epsilon).clamp(max=upper) - a), g * ((x - epsilon).clamp(min=lower) - a))
+    linf = g.abs().amax(1) if g.shape[1] else g.new_zeros(g.shape[0])
+    return l2_norm(grad), g.abs().sum(1), linf, rise.sum(1)
+
+
+def lambda_x(
+    clean_logits: Tensor, grad: Tensor, alpha: float, beta: float, base: float, minimum: float, maximum: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    log_p = _wide(clean_logits).log_softmax(-1)
+    entropy = -_expected(log_p.exp(), log_p)
+    sensitivity = l2_norm(grad)
+    value = (base + alpha * entropy + beta * sensitivity).clamp(minimum, maximum)
+    return value, entropy, sensitivity
+
+
+def lambda_x_backward(
+    grad_value: Tensor,
+    clean_logits: Tensor,
+    grad: Tensor,
+    alpha: float,
+    beta: float,
+    base: float,
+    minimum: float,
+    maximum: float,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    log_p = _wide(clean_logits).log_softmax(-1)
+    p = log_p.exp()
+    entropy, sensitivity = -_expected(p, log_p), l2_norm(grad)
+    value = base + alpha * entropy + beta * sensitivity
+    inside = torch.where((value >= minimum) & (value <= maximum), grad_value, 0)
+    d_logits, d_grad = None, None
+    if wanted[0]:
+        d_entropy = -p * torch.where(p != 0, log_p + entropy[:, None], 0)
+        d_logits = ((alpha * inside)[:, None] * d_entropy).to(clean_logits.dtype)
+    if wanted[1]:
+        scale = torch.where(sensitivity == 0, 0, beta * inside / sensitivity)
+        d_grad = (_per_sample(scale, grad) * _wide(grad)).to(grad.dtype)
+    return d_logits, d_grad
+
+
+def pgd_step_(
+    adv: Tensor, grad: Tensor, clean: Tensor, step_size: float, epsilon: float, lower: float, upper: float, norm: str
+) -> None:
+    a, g, x = _wide(adv), _wide(grad), _wide(clean)
+    if norm == "linf":
+        sign = torch.where(g.isnan(), g, g.sign())  # torch.sign would turn NaN into 0 and hide it
+        moved = torch.minimum(torch.maximum(a + step_size * sign, x - epsilon), x + epsilon)
+    else:
+        size = l2_norm(grad)
+        move = g * _per_sample(torch.where(size == 0, 0, step_size / size), g)
+        delta = a + move - x
+        size = l2_norm(delta)
+        delta = delta * _per_sample(torch.where(size > epsilon, epsilon / size, 1 + 0 * size), delta)
+        moved = x + delta
+    adv.copy_(moved.clamp(lower, upper))
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words from a 128-bit counter and a 64-bit key.
+
+    The words are int64 tensors with values in [0, 2**32); products wrap modulo 2**64, which is what is wanted.
+    """
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & mask, (key >> 32) & mask
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32 & mask) ^ c1 ^ k0, p1 & mask, (p0 >> 32 & mask) ^ c3 ^ k1, p0 & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0, c1, c2, c3
+
+
+def _words(index: Tensor, count: int, draw: int, key: int) -> Tensor:
+    """[N, count] random words: word ``j`` of sample ``i`` is word j % 4 of counter (j // 4, draw, index_i)."""
+    mask = 0xFFFFFFFF
+    block = torch.arange((count + 3) // 4, device=index.device)[None].expand(len(index), -1)
+    low, high = (index & mask)[:, None].expand_as(block), (index >> 32 & mask)[:, None].expand_as(block)
+    return torch.stack(philox((block, torch.full_like(block, draw), low, high), key), -1).flatten(1)[:, :count]
+
+
+def _normals(index: Tensor, count: int, key: int, dtype: torch.dtype) -> Tensor:
+    """[N, count] standard normals by Box-Muller, words (0, 1) and (2, 3) of each block making a pair."""
+    words = _words(index, (count + 1) // 2 * 2, 0, key).unflatten(1, (-1, 2))
+    radius = (-2 * (((words[..., 0] >> 8) + 1).to(dtype) * 2.0**-24).log()).sqrt()
+    angle = 2 * math.pi * ((words[..., 1] >> 8).to(dtype) * 2.0**-24)
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(1)[:, :count]
+
+
+def random_start(
+    clean: Tensor, index: Tensor, kind: str, radius: float, lower: float, upper: float, key: int
+) -> Tensor:
+    x = _wide(clean).flatten(1)
+    count = x.shape[1]
+    if kind == "linf":
+        u = (_words(index, count, 0, key) >> 8).to(x.dtype) * 2.0**-23 - 1
+        start = (x + radius * u).clamp(lower, upper)
+    elif kind == "l2":
+        normal = _normals(index, count, key, x.dtype)
+        u = ((_words(index, 1, 1, key) >> 8) + 1).to(x.dtype) * 2.0**-24
+        length = radius * u ** (1 / max(count, 1))
+        start = (x + normal * (length / l2_norm(normal)[:, None])).clamp(lower, upper)
+    else:
+        start = x + radius * _normals(index, count, key, x.dtype)
+    return torch.empty_like(clean).copy_(start.view(clean.shape))

@@ -1,0 +1,127 @@
+"""Compiles the kernels. What cannot be compiled is left out with a warning: the pure-PyTorch twins then serve."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Command, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+# The oldest torch whose stable ABI the extension uses, as 0xMMmmpp...: one build serves this and every later version.
+TORCH_TARGET_VERSION = "0x020d000000000000"
+PYTHON_LIMITED_API = "0x030A0000"
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    # As torch itself is built; without -fno-trapping-math comparisons stay scalar and the PGD step is 20 times slower.
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",  # vectors are only passed between functions that are inlined
+    "-Wno-maybe-uninitialized",  # false alarms on the lanes beyond a row's tail
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    f"-DPy_LIMITED_API={PYTHON_LIMITED_API}",
+]
+#: module -> why it was left out; written into the package for 'dtrades-fast doctor'
+problems: dict[str, str] = {}
+
+
+def extensions() -> list:
+    """The extension modules that this machine can try to build."""
+    try:
+        from torch.utils.cpp_extension import CppExtension
+    except Exception as error:  # a broken torch raises more than ImportError
+        problems["_C"] = f"torch could not be imported for the build: {error}"
+        return []
+    sources = sorted(str(path.relative_to(ROOT)) for path in [
+        *ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/ops/*.cpp"), *ROOT.glob("csrc/ops/cpu/*.cpp")
+    ])
+    headers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))
+    return [
+        CppExtension(
+            "dtrades_fast._C", sources, depends=headers, py_limited_api=True, extra_compile_args={"cxx": CXX_FLAGS}
+        )
+    ]
+
+
+def _torch_build_ext() -> type[Command]:
+    try:
+        from torch.utils.cpp_extension import BuildExtension
+    except Exception:
+        return build_ext
+    return BuildExtension
+
+
+class OptionalBuildExt(_torch_build_ext()):  # type: ignore[misc]
+    """Builds what compiles; a failure becomes a warning and a line in dtrades_fast/_build_info.py."""
+
+    def run(self) -> None:
+        wanted = list(self.extensions)
+        for extension in wanted:
+            self.extensions = [extension]
+            try:
+                super().run()
+            except (Exception, SystemExit) as error:
+                name = extension.name.rsplit(".", 1)[1]
+                problems[name] = f"compiling it failed: {_first_error(error)}"
+                wanted = [other for other in wanted if other is not extension]
+        self.extensions = wanted
+        _warn()
+        if not self.inplace and not self.editable_mode:
+            _write_build_info(Path(self.build_lib))
+        else:
+            _write_build_info(ROOT)
+
+
+class BuildPy(build_py):
+    """Notes what was left out also when there is no extension to build at all."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.distribution.ext_modules:
+            _warn()
+            _write_build_info(ROOT if self.editable_mode else Path(self.build_lib))
+
+
+def _first_error(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    line = next((line for line in text.splitlines() if "error" in line.lower()), text.splitlines()[0])
+    return line[:300]
+
+
+def _warn() -> None:
+    for name, why in problems.items():
+        print(
+            f"WARNING: dtrades_fast.{name} was not built ({why}). dtrades_fast is installed and works on its "
+            "pure-PyTorch operators; 'dtrades-fast doctor' shows this again.",
+            file=sys.stderr,
+        )
+
+
+def _write_build_info(root: Path) -> None:
+    try:
+        import torch
+
+        version = torch.__version__
+    except Exception:
+        version = "none"
+    target = root / "dtrades_fast" / "_build_info.py"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(
+        '"""Written by the build: what it was built against, and which modules were left out and why."""\n\n'
+        f"TORCH = {version!r}\nPROBLEMS = {problems!r}\n"
+    )
+
+
+os.chdir(ROOT)
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": OptionalBuildExt, "build_py": BuildPy},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
