@@ -28,6 +28,7 @@ CXX_FLAGS = [
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
     f"-DPy_LIMITED_API={PYTHON_LIMITED_API}",
 ]
+LINK_FLAGS = ["-Wl,-s"] if sys.platform.startswith("linux") else []  # no symbols: a third of the size
 #: module -> why it was left out; written into the package for 'dtrades-fast doctor'
 problems: dict[str, str] = {}
 
@@ -39,13 +40,19 @@ def extensions() -> list:
     except Exception as error:  # a broken torch raises more than ImportError
         problems["_C"] = f"torch could not be imported for the build: {error}"
         return []
-    sources = sorted(str(path.relative_to(ROOT)) for path in [
-        *ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/ops/*.cpp"), *ROOT.glob("csrc/ops/cpu/*.cpp")
-    ])
+    sources = sorted(
+        str(path.relative_to(ROOT))
+        for path in [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/ops/*.cpp"), *ROOT.glob("csrc/ops/cpu/*.cpp")]
+    )
     headers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))
     return [
         CppExtension(
-            "dtrades_fast._C", sources, depends=headers, py_limited_api=True, extra_compile_args={"cxx": CXX_FLAGS}
+            "dtrades_fast._C",
+            sources,
+            depends=headers,
+            py_limited_api=True,
+            extra_compile_args={"cxx": CXX_FLAGS},
+            extra_link_args=LINK_FLAGS,
         )
     ]
 

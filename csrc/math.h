@@ -67,10 +67,10 @@ DTF_INLINE V weighted(V probability, V value) {
 // Sums over the classes of one row of clean logits z (maximum m) and adversarial logits z' (maximum m').
 template <typename V>
 struct EntropyKLSums {
-  V exp_clean = V(0);      // sum e,  e  = exp(z - m)
-  V exp_adv = V(0);        // sum e', e' = exp(z' - m')
-  V clean_shift = V(0);    // sum e (z - m)
-  V difference = V(0);     // sum e ((z - m) - (z' - m'))
+  V exp_clean = V(0);    // sum e,  e  = exp(z - m)
+  V exp_adv = V(0);      // sum e', e' = exp(z' - m')
+  V clean_shift = V(0);  // sum e (z - m)
+  V difference = V(0);   // sum e ((z - m) - (z' - m'))
 
   DTF_INLINE void add(V clean, V adv) {  // both relative to their maximum
     V e = exp(clean);
@@ -156,10 +156,11 @@ template <typename V>
 DTF_INLINE V pgd_l2_project(V clean, V delta, V shrink, V lower, V upper) {
   return clamp(clean + delta * shrink, lower, upper);
 }
-// step / ||g||; a sample without gradient does not move
+// step / ||g||; a sample without gradient does not move, nor one whose gradient is too small for the quotient
 template <typename V>
 DTF_INLINE V l2_step(V step_size, V norm) {
-  return select(norm == V(0), V(0), step_size / norm);
+  V scale = select(norm == V(0), V(0), step_size / norm);
+  return select(scale == V(INFINITY), V(0), scale);
 }
 // min(1, epsilon / ||delta||)
 template <typename V>
@@ -179,7 +180,9 @@ DTF_INLINE V fosc(V grad, V adv, V clean, V epsilon, V lower, V upper) {
 struct PhiloxKey {
   uint32_t k0, k1;
 };
-DTF_INLINE uint32_t mulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32); }
+DTF_INLINE uint32_t mulhi(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+}
 template <typename Word>  // Word: uint32_t, or lanes of it with mulhi
 DTF_INLINE void philox(Word (&c)[4], PhiloxKey key) {
   for (int round = 0; round < 10; ++round) {
@@ -219,7 +222,8 @@ DTF_INLINE Pair<V> cossin_2pi_polynomial(V u) {
   V quarter = floor(u * V(4) + V(0.5));
   V r = u * V(2) - quarter * V(0.5);
   V t = r * r;
-  V s = r * (V(3.14159274f) + t * (V(-5.16771278f) + t * (V(2.55016359f) + t * (V(-0.599228796f) + t * V(0.0812295745f)))));
+  V s = r *
+        (V(3.14159274f) + t * (V(-5.16771278f) + t * (V(2.55016359f) + t * (V(-0.599228796f) + t * V(0.0812295745f)))));
   V c = V(1) + t * (V(-4.9348022f) + t * (V(4.05871057f) + t * (V(-1.33513781f) + t * V(0.232125414f))));
   V cosine = select(quarter == V(1), -s, select(quarter == V(2), -c, select(quarter == V(3), s, c)));
   V sine = select(quarter == V(1), c, select(quarter == V(2), -s, select(quarter == V(3), -c, s)));

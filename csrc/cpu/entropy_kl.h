@@ -7,9 +7,9 @@ namespace dtf {
 
 template <typename T>
 struct EntropyKLForward {
-  const T *clean, *adv;          // [N, C]
-  Compute<T>*entropy, *kl;       // [N]
-  Compute<T>* normalisers;       // [N, 4]: maximum and log-sum of the clean row, of the adversarial row
+  const T *clean, *adv;     // [N, C]
+  Compute<T>*entropy, *kl;  // [N]
+  Compute<T>* normalisers;  // [N, 4]: maximum and log-sum of the clean row, of the adversarial row
   int64_t classes;
 };
 DTF_DECLARE_KERNEL(EntropyKLForward);

@@ -24,8 +24,7 @@ DTF_INLINE void lambda(const LambdaX<T>& k, int64_t begin, int64_t end) {
     A sensitivity = l2_norm(k.grad + sample * k.size, k.size);
     k.entropy[sample] = entropy;
     k.sensitivity[sample] = sensitivity;
-    k.value[sample] =
-        lambda_x(entropy, sensitivity, A(k.alpha), A(k.beta), A(k.base), A(k.minimum), A(k.maximum));
+    k.value[sample] = lambda_x(entropy, sensitivity, A(k.alpha), A(k.beta), A(k.base), A(k.minimum), A(k.maximum));
   }
 }
 

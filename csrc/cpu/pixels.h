@@ -8,9 +8,9 @@ namespace dtf {
 
 template <typename T>
 struct PGDStep {
-  T* adv;                 // changed in place
+  T* adv;  // changed in place
   const T *grad, *clean;
-  int64_t size;           // elements per sample
+  int64_t size;  // elements per sample
   double step_size, epsilon, lower, upper;
 };
 // Over elements.
@@ -35,8 +35,8 @@ DTF_DECLARE_KERNEL(SampleStats);
 // Over samples.
 template <typename T>
 struct LambdaX {
-  const T* logits;  // [N, C]
-  const T* grad;    // [N, size]
+  const T* logits;                           // [N, C]
+  const T* grad;                             // [N, size]
   Compute<T>*value, *entropy, *sensitivity;  // [N]
   int64_t classes, size;
   double alpha, beta, base, minimum, maximum;

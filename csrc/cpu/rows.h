@@ -26,9 +26,8 @@ struct RowBlock {
       transpose(rows, count, classes);
     } else {
       A wide[kMaxClassesLaneIsRow * L::width];
-      for_lanes<A>(0, count * classes, [&](int64_t i, auto part) DTF_LAMBDA_INLINE {
-        part.store(wide + i, part.load(rows + i, A(0)));
-      });
+      for_lanes<A>(0, count * classes,
+                   [&](int64_t i, auto part) DTF_LAMBDA_INLINE { part.store(wide + i, part.load(rows + i, A(0))); });
       transpose(wide, count, classes);
     }
   }
@@ -38,9 +37,8 @@ struct RowBlock {
     } else {
       A wide[kMaxClassesLaneIsRow * L::width];
       transpose_back(wide, count, classes);
-      for_lanes<A>(0, count * classes, [&](int64_t i, auto part) DTF_LAMBDA_INLINE {
-        part.store(rows + i, part.load(wide + i, A(0)));
-      });
+      for_lanes<A>(0, count * classes,
+                   [&](int64_t i, auto part) DTF_LAMBDA_INLINE { part.store(rows + i, part.load(wide + i, A(0))); });
     }
   }
 

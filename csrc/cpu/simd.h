@@ -24,19 +24,19 @@
 // For lambdas, which would otherwise not be compiled for the instruction set of the kernel around them.
 #define DTF_LAMBDA_INLINE __attribute__((always_inline))
 
-// A kernel is a struct of arguments `Kernel<T>` and a function body(kernel, begin, end) over a range of rows, samples or
-// elements; these make it callable as run(kernel, begin, end) for each dtype.
-#define DTF_DECLARE_KERNEL(Kernel)                       \
-  void run(const Kernel<float>&, int64_t, int64_t);      \
-  void run(const Kernel<double>&, int64_t, int64_t);     \
-  void run(const Kernel<Half>&, int64_t, int64_t);       \
+// A kernel is a struct of arguments `Kernel<T>` and a function body(kernel, begin, end) over a range of rows, samples
+// or elements; these make it callable as run(kernel, begin, end) for each dtype.
+#define DTF_DECLARE_KERNEL(Kernel)                   \
+  void run(const Kernel<float>&, int64_t, int64_t);  \
+  void run(const Kernel<double>&, int64_t, int64_t); \
+  void run(const Kernel<Half>&, int64_t, int64_t);   \
   void run(const Kernel<BFloat16>&, int64_t, int64_t)
 #define DTF_DEFINE_KERNEL_FOR(Kernel, T, body) \
   DTF_CLONES void run(const Kernel<T>& kernel, int64_t begin, int64_t end) { body(kernel, begin, end); }
-#define DTF_DEFINE_KERNEL(Kernel, body)         \
-  DTF_DEFINE_KERNEL_FOR(Kernel, float, body)    \
-  DTF_DEFINE_KERNEL_FOR(Kernel, double, body)   \
-  DTF_DEFINE_KERNEL_FOR(Kernel, Half, body)     \
+#define DTF_DEFINE_KERNEL(Kernel, body)       \
+  DTF_DEFINE_KERNEL_FOR(Kernel, float, body)  \
+  DTF_DEFINE_KERNEL_FOR(Kernel, double, body) \
+  DTF_DEFINE_KERNEL_FOR(Kernel, Half, body)   \
   DTF_DEFINE_KERNEL_FOR(Kernel, BFloat16, body)
 
 namespace dtf {
@@ -87,20 +87,20 @@ struct Lanes {
   DTF_INLINE explicit(false) Lanes(S scalar) : v(static_cast<T>(scalar) - Native{}) {}
 };
 
-#define DTF_BINARY(op)                                             \
-  template <typename T>                                            \
-  DTF_INLINE Lanes<T> operator op(Lanes<T> a, Lanes<T> b) {        \
-    return Lanes<T>(a.v op b.v);                                   \
+#define DTF_BINARY(op)                                      \
+  template <typename T>                                     \
+  DTF_INLINE Lanes<T> operator op(Lanes<T> a, Lanes<T> b) { \
+    return Lanes<T>(a.v op b.v);                            \
   }
 DTF_BINARY(+)
 DTF_BINARY(-)
 DTF_BINARY(*)
 DTF_BINARY(/)
 #undef DTF_BINARY
-#define DTF_COMPARE(op)                                            \
-  template <typename T>                                            \
-  DTF_INLINE auto operator op(Lanes<T> a, Lanes<T> b) {            \
-    return a.v op b.v;                                             \
+#define DTF_COMPARE(op)                                 \
+  template <typename T>                                 \
+  DTF_INLINE auto operator op(Lanes<T> a, Lanes<T> b) { \
+    return a.v op b.v;                                  \
   }
 DTF_COMPARE(<)
 DTF_COMPARE(>)
@@ -152,8 +152,8 @@ DTF_INLINE Lanes<float> exp(Lanes<float> x) {
   auto exponent = (((L::Mask)shifted.v - 0x4B400000) + 127) << 23;
   return select(x < L(-87.3365402f), L(0.f), p * L((L::Native)exponent));
 }
-// ln x for normal x > 0; x = 2^k (1 + f), sqrt(1/2) <= 1 + f < sqrt(2), ln(1 + f) = f - f^2/2 + f^3 Q(f) with a relative
-// error of 3e-8 in Q. NaN stays NaN.
+// ln x for normal x > 0; x = 2^k (1 + f), sqrt(1/2) <= 1 + f < sqrt(2), ln(1 + f) = f - f^2/2 + f^3 Q(f) with a
+// relative error of 3e-8 in Q. NaN stays NaN.
 DTF_INLINE Lanes<float> log(Lanes<float> x) {
   using L = Lanes<float>;
   L::Mask bits = (L::Mask)x.v - 0x3F3504F3;  // relative to sqrt(1/2)

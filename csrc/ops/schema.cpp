@@ -18,7 +18,8 @@ STABLE_TORCH_LIBRARY(dtrades_fast, m) {
       "(Tensor l2, Tensor l1, Tensor linf, Tensor fosc)");
   // clip(base + alpha H(softmax z) + beta ||g||_2, minimum, maximum), H, ||g||_2: [N] each
   m.def(
-      "lambda_x(Tensor clean_logits, Tensor grad, float alpha, float beta, float base, float minimum, float maximum) -> "
+      "lambda_x(Tensor clean_logits, Tensor grad, float alpha, float beta, float base, float minimum, float maximum) "
+      "-> "
       "(Tensor value, Tensor entropy, Tensor sensitivity)");
   // x' <- project(x' + step sign(g)) or project(x' + step g / ||g||_2), in place
   m.def(

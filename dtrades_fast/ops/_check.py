@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _FLOATING = "float32, float64, float16 or bfloat16"
@@ -61,12 +62,14 @@ def indices(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 def labels(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """Class indices of the rows of ``other`` [N, C]. Values are checked where that costs no synchronisation."""
     indices(name, x, other_name, other)
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.shape[0] == 0:
+    values_hidden = torch.compiler.is_compiling() or is_functorch_wrapped_tensor(x) or x.device.type != "cpu"
+    if values_hidden or x.shape[0] == 0:
         return
     low, high = (int(v) for v in torch.aminmax(x))
     if low < 0 or high >= other.shape[1]:
         wrong = low if low < 0 else high
-        raise ValueError(f"{name} must lie in 0..{other.shape[1] - 1} ({other_name} has {other.shape[1]} classes), got {wrong}")
+        classes = other.shape[1]
+        raise ValueError(f"{name} must lie in 0..{classes - 1} ({other_name} has {classes} classes), got {wrong}")
 
 
 def number(name: str, value: float, minimum: float = -math.inf, *, finite: bool = True) -> None:
@@ -82,7 +85,7 @@ def interval(lower_name: str, lower: float, upper_name: str, upper: float) -> No
     number(lower_name, lower, finite=False)
     number(upper_name, upper, finite=False)
     if lower > upper:
-        raise ValueError(f"{lower_name} must not exceed {upper_name}, got {lower_name}={lower} and {upper_name}={upper}")
+        raise ValueError(f"{lower_name} must not exceed {upper_name}, got {lower} and {upper}")
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 VARIABLE = "DTRADES_FAST_BACKEND"
 CHOICES = ("auto", "cpp", "reference")
@@ -96,8 +97,14 @@ def has_kernel(tensor: torch.Tensor) -> bool:
 
 
 def needs_grad(*tensors: torch.Tensor) -> bool:
-    """Whether autograd must record the call; without it the operator is called directly, which is 10 us faster."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    """Whether autograd must record the call; without it the operator is called directly, which is 10 us faster.
+
+    Under torch.func.vmap and grad a tensor hides whether the one it wraps needs a gradient, so there (and in compiled
+    code, which cannot ask and where it is free) the answer is yes.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or any(x.requires_grad or is_functorch_wrapped_tensor(x) for x in tensors)
 
 
 def simd_level() -> str:

@@ -75,9 +75,7 @@ class _EntropyKL(torch.autograd.Function):
             return reference.entropy_kl_backward(
                 zeros if grad_entropy is None else grad_entropy, zeros if grad_kl is None else grad_kl, clean, adv
             )
-        return torch.ops.dtrades_fast.entropy_kl_backward(
-            grad_entropy, grad_kl, clean, adv, entropy, kl, normalisers
-        )
+        return torch.ops.dtrades_fast.entropy_kl_backward(grad_entropy, grad_kl, clean, adv, entropy, kl, normalisers)
 
     vmap = staticmethod(_vmap.rule(lambda *arguments: _EntropyKL.apply(*arguments)))
 

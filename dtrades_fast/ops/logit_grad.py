@@ -41,7 +41,7 @@ def logit_grad_ce(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: [N, C], float32, float64, float16 or bfloat16, any strides.
         labels: [N], int64 in 0..C-1, same device. A label out of range raises on the CPU in eager mode; where a check
-            would synchronise or break a graph (CUDA, compiled code) its row becomes NaN.
+            would synchronise or break a graph (CUDA, compiled code, vmap) its row becomes NaN.
 
     Returns:
         [N, C] in the dtype of ``logits``, computed in float32 (float64 for float64). Differentiable in ``logits``.

@@ -28,8 +28,8 @@ def pgd_step_(
         \text{L2:}\quad & \delta = x' + s\,g / \|g\|_2 - x,\quad
         x' \leftarrow clip(x + \delta \min(1, \epsilon / \|\delta\|_2),\ lower,\ upper)
 
-    A sample whose gradient is exactly zero does not move in L2; ``sign(0) = 0``; NaN in the gradient gives NaN pixels,
-    so that it shows. No host synchronisation.
+    A sample whose gradient is zero, or so small that ``s / ‖g‖_2`` overflows, does not move in L2;
+    ``sign(0) = 0``; NaN in the gradient gives NaN pixels, so that it shows. No host synchronisation.
 
     Args:
         adv: [N, ...] images ``x'``, overwritten; float32, float64, float16 or bfloat16, any dense strides.
@@ -61,6 +61,7 @@ def pgd_step_(
     with torch.no_grad():
         implementation = torch.ops.dtrades_fast.pgd_step_ if has_kernel(adv) else reference.pgd_step_
         implementation(adv, grad, clean, step_size, epsilon, lower, upper, norm)
+    torch.autograd.graph.increment_version(adv)  # autograd does not see what a kernel writes
     return adv
 
 

@@ -135,7 +135,8 @@ def pgd_step_(
         moved = torch.minimum(torch.maximum(a + step_size * sign, x - epsilon), x + epsilon)
     else:
         size = l2_norm(grad)
-        move = g * _per_sample(torch.where(size == 0, 0, step_size / size), g)
+        scale = step_size / size  # infinite for a gradient too small for the quotient
+        move = g * _per_sample(torch.where((size == 0) | scale.isinf(), 0, scale), g)
         delta = a + move - x
         size = l2_norm(delta)
         delta = delta * _per_sample(torch.where(size > epsilon, epsilon / size, 1 + 0 * size), delta)

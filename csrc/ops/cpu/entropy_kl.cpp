@@ -20,8 +20,8 @@ std::tuple<Tensor, Tensor, Tensor> entropy_kl_cpu(Tensor clean, Tensor adv) {
 }
 
 std::tuple<Tensor, Tensor> entropy_kl_backward_cpu(std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_kl,
-                                               Tensor clean, Tensor adv, Tensor entropy, Tensor kl,
-                                               Tensor normalisers) {
+                                                   Tensor clean, Tensor adv, Tensor entropy, Tensor kl,
+                                                   Tensor normalisers) {
   check_logits("clean", clean);
   check_same("adv", adv, clean);
   const ScalarType row = row_dtype(clean);

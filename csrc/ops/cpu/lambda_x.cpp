@@ -4,8 +4,8 @@
 namespace dtf {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> lambda_x_cpu(Tensor clean_logits, Tensor grad, double alpha, double beta, double base,
-                                            double minimum, double maximum) {
+std::tuple<Tensor, Tensor, Tensor> lambda_x_cpu(Tensor clean_logits, Tensor grad, double alpha, double beta,
+                                                double base, double minimum, double maximum) {
   check_logits("clean_logits", clean_logits);
   check_rows("grad", grad, clean_logits, clean_logits.scalar_type());
   clean_logits = as_contiguous(clean_logits);

@@ -5,7 +5,7 @@ namespace dtf {
 namespace {
 
 void pgd_step_cpu(Tensor adv, Tensor grad, Tensor clean, double step_size, double epsilon, double lower, double upper,
-               std::string norm) {
+                  std::string norm) {
   check_same("grad", grad, adv);
   check_same("clean", clean, adv);
   STD_TORCH_CHECK(norm == "linf" || norm == "l2", "norm must be 'linf' or 'l2'");

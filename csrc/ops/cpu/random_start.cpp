@@ -5,7 +5,7 @@ namespace dtf {
 namespace {
 
 Tensor random_start_cpu(Tensor clean, Tensor index, std::string kind, double radius, double lower, double upper,
-                    int64_t key) {
+                        int64_t key) {
   check_rows("index", index, clean, ScalarType::Long);
   STD_TORCH_CHECK(kind == "linf" || kind == "l2" || kind == "gaussian", "kind must be 'linf', 'l2' or 'gaussian'");
   // The numbers follow the order [C, H, W] whatever the memory format, so they are drawn for the contiguous copy.

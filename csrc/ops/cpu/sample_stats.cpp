@@ -5,10 +5,11 @@ namespace dtf {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sample_stats_cpu(Tensor grad, Tensor adv, Tensor clean, double epsilon,
-                                                        double lower, double upper) {
+                                                            double lower, double upper) {
   check_same("adv", adv, grad);
   check_same("clean", clean, grad);
-  if (!walk_together({&grad, &adv, &clean})) grad = as_contiguous(grad), adv = as_contiguous(adv), clean = as_contiguous(clean);
+  if (!walk_together({&grad, &adv, &clean}))
+    grad = as_contiguous(grad), adv = as_contiguous(adv), clean = as_contiguous(clean);
   const int64_t samples = grad.size(0), size = sample_size(grad);
   Tensor l2 = new_rows(grad, {samples}), l1 = new_rows(grad, {samples}), linf = new_rows(grad, {samples}),
          fosc = new_rows(grad, {samples});

@@ -1,0 +1,59 @@
+# Everything a newcomer or a CI machine needs, from nothing: each target sets up what it uses.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The versions that the project is tested with; PIP_ARGS= lets pip choose others.
+PIP_ARGS ?= -c constraints.txt
+RUNS ?= runs
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+BUILD := setup.py pyproject.toml constraints.txt $(wildcard _build/*.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format bench wheel clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) torch torchvision
+	@touch $@
+
+# `pip install` compiles the kernels against that torch.
+$(VENV)/.installed: $(VENV)/.torch $(BUILD) $(SOURCES)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed  ## virtual environment in .venv with the compiled package and the developer tools
+
+demo: $(VENV)/.torch  ## train D-TRADES on 5,000 real digits, evaluate it beside a normal network, print the table
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) '.[demo]'
+	@rm -f $(VENV)/.installed
+	$(BIN)/dtrades-fast doctor
+	$(BIN)/dtrades-fast train --method standard --arch resnet18 --preset quick --runs-dir $(RUNS) --run demo-standard --overwrite
+	$(BIN)/dtrades-fast train --method dtrades --arch resnet18 --preset quick --runs-dir $(RUNS) --run demo-dtrades --overwrite
+	$(BIN)/dtrades-fast evaluate $(RUNS)/demo-standard $(RUNS)/demo-dtrades --attacks fgsm,pgd20
+
+test: $(VENV)/.installed  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed  ## lint, format and types: ruff, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+bench: $(VENV)/.installed  ## time the operators against PyTorch (under 10 minutes), results in bench/results
+	$(BIN)/dtrades-fast bench
+
+wheel: $(VENV)/.torch  ## a wheel in dist/, for any Python >= 3.10 and any torch >= 2.13
+	$(BIN)/python -m pip wheel --no-deps -w dist .
+
+clean:  ## remove what builds leave behind (not the environment, not the runs)
+	rm -rf build dist *.egg-info dtrades_fast/*.so dtrades_fast/_build_info.py $(VENV)/.installed
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,103 @@
+"""What a run or a report says about the machine and the software under it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import dtrades_fast
+
+__all__ = ["backend", "describe", "device", "git_commit", "physical_cores", "versions"]
+
+ROOT = Path(dtrades_fast.__file__).parent.parent
+
+
+def device(name: str) -> str:
+    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` stands for here.
+
+    Raises:
+        ValueError: not a device of this machine.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return "cuda" if count else "cpu"
+    if name == "cpu" or (name == "cuda" and count) or name in {f"cuda:{i}" for i in range(count)}:
+        return name
+    there = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    why = "" if count else f"; torch {torch.__version__} finds no CUDA device"
+    raise ValueError(f"--device {name} is not available here: use one of {', '.join(there)}{why}")
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hyper-threads of one core counted once, within the container's quota."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.is_file() else str(cpu))
+    return max(1, min(len(cores), _cpu_quota() or len(cores)))
+
+
+def _cpu_quota() -> int | None:
+    """Whole cores that the control group grants, None without a limit."""
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    quota, period = limit.read_text().split() if limit.is_file() else ("max", "1")
+    return None if quota == "max" else int(quota) // int(period)
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that the package is run from, with ``-dirty`` for local changes; None elsewhere."""
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def versions() -> dict[str, str | None]:
+    """Installed version by distribution, None where it is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "dtrades_fast": dtrades_fast.__version__}
+    for name in ("torch", "torchvision", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def backend(device: str) -> str:
+    """Which operators serve tensors on ``device``, and why not the kernels."""
+    from dtrades_fast.ops import BACKEND
+
+    kind = device.split(":")[0]
+    if kind in BACKEND.devices:
+        return f"C++ kernels ({kind})"
+    if BACKEND.requested == "reference":
+        return "PyTorch reference (DTRADES_FAST_BACKEND=reference)"
+    module = "_C_cuda" if kind == "cuda" and "cpu" in BACKEND.devices else "_C"
+    return f"PyTorch reference ({module}: {BACKEND.problems.get(module, 'no kernels for this device')})"
+
+
+def describe(device: str, threads: int) -> dict[str, Any]:
+    """What ``env.json`` says beside seed and data."""
+    import torch
+
+    return {
+        "versions": versions(),
+        "commit": git_commit(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
+        "backend": backend(device),
+        "threads": threads,
+    }

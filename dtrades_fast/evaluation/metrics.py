@@ -1,0 +1,87 @@
+"""Accuracy under attack: one flag per sample, and the figures that follow from the flags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dtrades_fast.attacks import Attack
+from dtrades_fast.data import ImageSet
+
+__all__ = ["Robustness", "accuracy", "correct", "per_class", "robustness"]
+
+
+def correct(model: nn.Module, images: ImageSet, attack: Attack | None, key: int, batch_size: int) -> Tensor:
+    """Whether each image is classified correctly, after the attack if one is given.
+
+    The model is put in eval mode. Random numbers belong to samples, so the flags do not depend on the batch size.
+
+    Returns:
+        [N], bool, on the host.
+    """
+    model.eval()
+    flags = []
+    for begin in range(0, len(images), batch_size):
+        part = slice(begin, begin + batch_size)
+        x, labels = images.images(part), images.labels[part]
+        if attack is not None:
+            x = attack(model, x, labels, index=images.ids[part], key=key)
+        with torch.no_grad():
+            flags.append(model(x).argmax(1) == labels)
+    return torch.cat(flags).cpu()
+
+
+def accuracy(flags: Tensor) -> float:
+    """Share of correct samples, 0 to 1."""
+    return flags.double().mean().item()
+
+
+def per_class(flags: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float]:
+    """Accuracy by class name, for the classes that occur."""
+    chosen = {name: flags[labels == label] for label, name in enumerate(classes)}
+    return {name: accuracy(part) for name, part in chosen.items() if len(part)}
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """How a model fares under one attack. All are shares from 0 to 1.
+
+    Attributes:
+        ra: robust accuracy.
+        rd: robustness drop, ``NA - RA``.
+        asr_all: attack success rate over all points, ``1 - RA``.
+        asr_correct: attack success rate over the correctly classified points, ``RD / NA``; None if there are none.
+        per_class: RA by class.
+        worst_class: the class of lowest RA.
+        worst_class_ra: its RA.
+        spread: highest minus lowest RA of a class.
+    """
+
+    ra: float
+    rd: float
+    asr_all: float
+    asr_correct: float | None
+    per_class: dict[str, float]
+    worst_class: str
+    worst_class_ra: float
+    spread: float
+
+
+def robustness(natural: Tensor, robust: Tensor, labels: Tensor, classes: Sequence[str]) -> Robustness:
+    """The figures from the flags without and with the attack, and the labels, [N] each, on the host."""
+    na, ra = accuracy(natural), accuracy(robust)
+    by_class = per_class(robust, labels, classes)
+    worst = min(by_class, key=lambda name: by_class[name])
+    return Robustness(
+        ra=ra,
+        rd=na - ra,
+        asr_all=1 - ra,
+        asr_correct=(na - ra) / na if na else None,
+        per_class=by_class,
+        worst_class=worst,
+        worst_class_ra=by_class[worst],
+        spread=max(by_class.values()) - by_class[worst],
+    )

@@ -1,0 +1,45 @@
+"""Running statistics of per-sample figures over an epoch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["Meter"]
+
+
+class Meter:
+    """Mean, standard deviation, minimum and maximum by name, from batches that are not kept.
+
+    The sums are float64 tensors on the device of the values, so adding a batch does not wait for it.
+    """
+
+    def __init__(self, sums: dict[str, Tensor] | None = None):
+        #: name -> count, sum, sum of squares, minimum, maximum
+        self.sums = {} if sums is None else dict(sums)
+        self.latest: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Add one batch's values [N]."""
+        v = values.detach().double()
+        self.latest[name] = v
+        new = torch.stack((torch.full_like(v[0], len(v)), v.sum(), v.square().sum(), v.min(), v.max()))
+        if (old := self.sums.get(name)) is not None:
+            new = torch.cat((old[:3] + new[:3], torch.minimum(old[3:4], new[3:4]), torch.maximum(old[4:], new[4:])))
+        self.sums[name] = new
+
+    def latest_mean(self, name: str) -> float:
+        """Mean over the batch that was added last."""
+        return self.latest[name].mean().item()
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Name -> mean, std (over the samples), min and max."""
+        result = {}
+        for name, sums in self.sums.items():
+            count, total, squares, low, high = sums.tolist()
+            mean = total / count
+            variance = max(0.0, squares / count - mean * mean)
+            result[name] = {"mean": mean, "std": math.sqrt(variance), "min": low, "max": high}
+        return result

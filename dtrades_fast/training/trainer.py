@@ -1,0 +1,465 @@
+"""The training loop. Read :meth:`Trainer.fit` first.
+
+Every random number is a function of the seed and of what it is for (:mod:`dtrades_fast.rng`): data order, crops,
+attack starts, dropout. So a checkpoint holds no generator states, and a run that was killed goes on to the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dtrades_fast import data, environment, models, rng
+from dtrades_fast.attacks import PGD
+from dtrades_fast.config import Config
+from dtrades_fast.defenses import Batch, Loss, Threat
+from dtrades_fast.evaluation import metrics
+from dtrades_fast.models.weights import freeze_backbone, load_init_weights
+from dtrades_fast.training import checkpoint, schedules
+from dtrades_fast.training.meter import Meter
+from dtrades_fast.training.progress import Progress, duration
+from dtrades_fast.training.run_folder import RunFolder
+
+__all__ = ["Interrupted", "Trainer", "TrainingError", "train"]
+
+MEASURED_STEPS = 3  #: timed for the expectation, after one that warms up
+LONG_SECONDS = 30 * 60  #: above it, a run on a CPU is told how to become smaller
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on."""
+
+
+class Interrupted(Exception):  # noqa: N818 (it is no error)
+    """A signal asked training to stop; the state is saved."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
+class Autocast(nn.Module):
+    """A network in mixed precision with float32 logits, for the attack and the loss alike."""
+
+    def __init__(self, network: nn.Module, device: str, dtype: torch.dtype):
+        super().__init__()
+        self.network, self.device_type, self.dtype = network, device.split(":")[0], dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device_type, self.dtype):
+            logits = self.network(images)
+        return logits.float()
+
+
+class Batches:
+    """The mini-batches of training: batch ``i`` of an epoch is a function of the seed, the epoch and ``i``."""
+
+    def __init__(self, images: data.ImageSet, batch_size: int, seed: int, augmentation: data.Augmentation | None):
+        self.images, self.batch_size, self.seed, self.augmentation = images, batch_size, seed, augmentation
+        self.highest_id = int(images.ids.max())
+        self.epoch = -1
+
+    def __len__(self) -> int:
+        """Batches per epoch; the last one may be smaller."""
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def get(self, epoch: int, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Images in [0, 1], labels and sample ids."""
+        if epoch != self.epoch:
+            device = self.images.labels.device
+            self.order = data.epoch_order(len(self.images), self.seed, epoch).to(device)
+            if self.augmentation is not None:
+                self.offsets = self.augmentation.offsets(self.seed, epoch, self.highest_id + 1).to(device)
+            self.epoch = epoch
+        chosen = self.order[i * self.batch_size : (i + 1) * self.batch_size]
+        ids, pixels = self.images.ids[chosen], self.images.images_uint8[chosen]
+        if self.augmentation is not None:
+            pixels = self.augmentation.apply(pixels, self.offsets[ids])
+        return data.to_float(pixels), self.images.labels[chosen], ids
+
+
+class Trainer:
+    """One run: what it is made of, its state, and the loop.
+
+    Args:
+        config: with nothing left open, see :meth:`dtrades_fast.config.Config.resolved`.
+        sets: the data; ``test`` is never touched.
+        folder: where the run is kept.
+        console: where progress is shown.
+    """
+
+    def __init__(self, config: Config, sets: data.DataSets, folder: RunFolder, console: Console):
+        self.config, self.sets, self.folder, self.console = config, sets, folder, console
+        options, seed, self.device = config.optimization, config.run.seed, config.run.device
+        torch.manual_seed(rng.key(seed, "init"))
+        self.model = create_model(config, sets.info).to(self.device)
+        if config.model.freeze_backbone:
+            freeze_backbone(self.model)
+        augmentation = sets.info.augmentation if config.data.augmentation == "dataset" else None
+        self.batches = Batches(sets.train, options.batch_size, seed, augmentation)
+        self.total_steps = options.epochs * len(self.batches)
+        self.threat = config.threat()
+        self.defense = config.make_defense()
+        self.optimizer = schedules.create_optimizer(options, self.model.parameters())
+        self.schedule = schedules.create_schedule(options, self.optimizer, len(self.batches))
+        self.scaler = torch.amp.GradScaler(self.device.split(":")[0], enabled=options.amp == "fp16")
+        self.ema = None
+        if options.ema is not None:
+            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)
+        self.step = 0  # optimizer steps done
+        self.meter = Meter()
+        self.epoch_seconds = 0.0
+        self.best: dict[str, float] | None = None  # epoch, na and ra of the best validation
+
+    # The loop
+
+    def fit(self, stop: Sequence[int] = ()) -> None:
+        """Train to the end, or until ``stop`` holds the signal that asks for it.
+
+        Raises:
+            TrainingError: the loss or a weight is not finite.
+            Interrupted: training stopped by request; its state is saved.
+        """
+        options, seed = self.config.optimization, self.config.run.seed
+        network = self.network(self.model)
+        timed: list[float] = []  # seconds of the first steps
+        saved_at = time.monotonic()
+        with Progress(self.console, self.total_steps, self.step) as progress:
+            self.progress = progress
+            while self.step < self.total_steps:
+                began = time.monotonic()
+                epoch, i = divmod(self.step, len(self.batches))
+                images, labels, ids = self.batches.get(epoch, i)
+                batch = Batch(images, labels, ids, rng.key(seed, "attack", self.step))
+                torch.manual_seed(rng.key(seed, "dropout", self.step))
+                self.defense.threat = self.threat_at(self.step)
+
+                network.train()
+                crafted = self.defense.craft(network, batch)
+                loss = self.defense.loss(network, batch, crafted)
+                self.check_finite(loss)
+
+                self.optimizer.zero_grad(set_to_none=True)
+                self.scaler.scale(loss.total).backward()
+                if options.clip_norm is not None:
+                    self.scaler.unscale_(self.optimizer)
+                    nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                lr = float(self.optimizer.param_groups[0]["lr"])
+                self.schedule.step()
+                if self.ema is not None:
+                    self.ema.update_parameters(self.model)
+
+                self.step += 1
+                self.measure(loss, labels)
+                seconds = time.monotonic() - began
+                self.epoch_seconds += seconds
+                progress.update(self.step, epoch + 1, self.figures)
+                if len(timed) <= MEASURED_STEPS:
+                    timed.append(seconds)
+                    if len(timed) > MEASURED_STEPS:
+                        self.expect(sum(timed[1:]) / MEASURED_STEPS)
+                if i + 1 == len(self.batches):
+                    self.end_epoch(epoch + 1, lr)
+                    saved_at = time.monotonic()
+                elif stop or time.monotonic() - saved_at >= 60 * self.config.run.checkpoint_minutes:
+                    self.check_weights()
+                    self.save(self.folder.last)
+                    saved_at = time.monotonic()
+                if stop and self.step < self.total_steps:
+                    raise Interrupted(stop[0], self.interruption(stop[0]))
+
+    def network(self, model: nn.Module) -> nn.Module:
+        """What is called: the model, in mixed precision if that is on."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.optimization.amp)
+        return model if dtype is None else Autocast(model, self.device, dtype)
+
+    def threat_at(self, step: int) -> Threat:
+        """The attack at a step: epsilon and step size grow within the ramp."""
+        factor = schedules.ramp(step, self.total_steps, self.config.attack.epsilon_ramp)
+        size = self.threat.step_size
+        return replace(
+            self.threat, epsilon=factor * self.threat.epsilon, step_size=None if size is None else factor * size
+        )
+
+    def measure(self, loss: Loss, labels: Tensor) -> None:
+        """Add the batch's figures to the epoch's."""
+        self.meter.add("loss", loss.total.detach().expand(len(labels)))
+        for name, logits in (("na", loss.clean_logits), ("ra", loss.adv_logits)):
+            if logits is not None:
+                self.meter.add(name, logits.argmax(1) == labels)
+        for name, values in loss.terms.items():
+            self.meter.add(name, values)
+
+    def check_finite(self, loss: Loss) -> None:
+        """One test of the total; only when it fails are the terms looked at."""
+        if torch.isfinite(loss.total):
+            return
+        bad = {name: int((~torch.isfinite(values)).sum()) for name, values in loss.terms.items()}
+        size = len(next(iter(loss.terms.values()), ()))
+        named = [f"{name} for {count} of {size} samples" for name, count in bad.items() if count]
+        self.fail(f"loss is {loss.total.item()}, not finite: {', '.join(named) or 'the total alone'}")
+
+    def check_weights(self) -> None:
+        """No weight that is not finite may get into a checkpoint, so that the last one is a good one."""
+        for name, tensor in self.model.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                self.fail(f"weights are not finite: {name}")
+
+    def fail(self, what: str) -> None:
+        at = f"step {self.step + 1} of {self.total_steps} (epoch {self.step // len(self.batches) + 1})"
+        good = "no checkpoint had been saved yet"
+        if self.folder.last.is_file():
+            step = checkpoint.load_state(self.folder.last, "cpu")["step"]
+            good = f"the last good checkpoint is kept: {self.folder.last}, after step {step}"
+        raise TrainingError(
+            f"training stopped at {at}: {what}. {good[0].upper()}{good[1:]}. "
+            "Start again with a lower --lr or with --clip-norm"
+        )
+
+    # The end of an epoch
+
+    def end_epoch(self, epoch: int, lr: float) -> None:
+        """Validate, log, and save. The order of the files is explained in :class:`RunFolder`."""
+        self.check_weights()
+        na, ra = self.validate()
+        train = self.meter.summary()
+        images_per_second = len(self.sets.train) / self.epoch_seconds
+        line = {
+            "epoch": epoch,
+            "step": self.step,
+            "lr": lr,
+            "epsilon": self.defense.threat.epsilon,
+            "train": train,
+            "validation": {"na": na, "ra": ra},
+            "seconds": self.epoch_seconds,
+            "images_per_second": images_per_second,
+        }
+        means = " ".join(f"{name} {figures['mean']:.4g}" for name, figures in train.items())
+        self.progress.print(
+            f"epoch {epoch}/{self.config.optimization.epochs}: {means} | validation na {na:.1%} ra {ra:.1%} | "
+            f"lr {lr:.3g} epsilon {self.defense.threat.epsilon:.4g} {images_per_second:.0f} images/s"
+        )
+        self.folder.append_metrics(line)
+        improved = self.best is None or (ra, na) > (self.best["ra"], self.best["na"])
+        if improved:
+            self.best = {"epoch": epoch, "na": na, "ra": ra}
+        self.meter, self.epoch_seconds = Meter(), 0.0
+        weights = self.deployed().state_dict()
+        if improved:
+            self.save(self.folder.best)
+            checkpoint.save_weights(self.folder.best_weights, weights)
+        checkpoint.save_weights(self.folder.weights, weights)
+        self.save(self.folder.last)
+
+    def deployed(self) -> nn.Module:
+        """The model that is validated and exported: the moving average if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def validate(self, limit: int | None = None) -> tuple[float, float]:
+        """NA and RA under PGD (cross-entropy) on the validation split, of its first ``limit`` images if given."""
+        part = self.sets.validation
+        images = part if limit is None else part.subset(torch.arange(min(limit, len(part)), device=self.device))
+        attack = PGD(self.threat.epsilon, self.config.attack.validation_steps, norm=self.threat.norm)
+        key = rng.key(self.config.run.seed, "validation")
+        size = self.config.optimization.batch_size
+        network = self.network(self.deployed())
+        na = metrics.accuracy(metrics.correct(network, images, None, key, size))
+        return na, metrics.accuracy(metrics.correct(network, images, attack, key, size))
+
+    # State
+
+    def load_initial_weights(self, source: str) -> None:
+        """Start from a file's weights as far as they fit, and say what did not."""
+        report = load_init_weights(self.model, source, self.config.model.arch)
+        self.say(f"{len(report.loaded)} tensors come from {source}")
+        for what in ("missing", "unexpected", "mismatched"):
+            if keys := getattr(report, what):
+                self.say(f"  {what}: {', '.join(keys)}")
+
+    def save(self, path: Path) -> None:
+        checkpoint.save_state(path, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, and the seconds spent, which nothing depends on."""
+        return {
+            "config": self.config.stored(),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "meter": self.meter.sums,
+            "best": self.best,
+            "seconds": self.epoch_seconds,
+        }
+
+    def restore(self) -> None:
+        """Go back to where ``last.pt`` was saved."""
+        state = checkpoint.load_state(self.folder.last, self.device)
+        self.step, self.best, self.epoch_seconds = state["step"], state["best"], state["seconds"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.meter = Meter(state["meter"])
+        self.folder.cut_metrics(self.step // len(self.batches))
+
+    # What is said
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def figures(self) -> str:
+        """The latest batch in a line."""
+        shown = [name for name in ("loss", "na", "ra", "lambda") if name in self.meter.latest]
+        batch = " ".join(f"{name} {self.meter.latest_mean(name):.3g}" for name in shown)
+        done = self.meter.sums["loss"][0].item()
+        return f"{batch} {done / self.epoch_seconds:.0f} images/s"
+
+    def plan(self) -> None:
+        """What is going to happen; the expected time follows after the first steps."""
+        c, info, o = self.config, self.sets.info, self.config.optimization
+        method_options = ", ".join(f"{name} {value}" for name, value in c.method_options.items())
+        size = f"step {c.attack.step_size}" if c.attack.step_size else "step epsilon/4"
+        ramp = f", growing over the first {c.attack.epsilon_ramp:.0%} of training" if c.attack.epsilon_ramp else ""
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        count = models.parameter_count(self.model)
+        partly = "" if trained == count else f", {trained:,} of them trained"
+        width = f", width {c.model.width}" if c.model.width else ""
+        self.say(f"run {self.folder.path}")
+        self.say(f"  model      {c.model.arch}{width}: {count:,} parameters{partly}")
+        self.say(
+            f"  data       {info.name}: {len(self.sets.train):,} images to train on, "
+            f"{len(self.sets.validation):,} to select by, {len(info.classes)} classes"
+        )
+        self.say(f"  method     {c.defense.method}: {method_options or 'no options'}")
+        self.say(f"  attack     {c.attack.norm}, epsilon {c.attack.epsilon}, {c.attack.steps} steps, {size}{ramp}")
+        self.say(
+            f"  training   {o.epochs} epochs of {len(self.batches)} steps of {o.batch_size} images: "
+            f"{self.total_steps:,} steps; {o.optimizer}, lr {o.lr:g}, {o.schedule}"
+        )
+        self.say(f"  machine    {self.device}, {c.run.threads} threads, operators: {environment.backend(self.device)}")
+        if self.step:
+            self.say(f"  resumed    after step {self.step:,}, in epoch {self.step // len(self.batches) + 1}")
+
+    def expect(self, per_step: float) -> None:
+        """Say how long it will take, from the seconds per step and one batch of the validation."""
+        images = len(self.sets.validation)
+        batch = min(self.config.optimization.batch_size, images)
+        began = time.monotonic()
+        self.validate(batch)
+        validation = (time.monotonic() - began) * images / batch
+        epochs = self.config.optimization.epochs - self.step // len(self.batches)
+        left = per_step * (self.total_steps - self.step) + validation * epochs
+        self.progress.print(
+            f"  time       {duration(per_step)} per step, {duration(validation)} per validation: {duration(left)} to go"
+        )
+        if left > LONG_SECONDS and self.device == "cpu":
+            self.progress.print(
+                "             to make it smaller: --preset quick, or --width, --steps, --epochs, --limit"
+            )
+
+    def interruption(self, signum: int) -> str:
+        name = signal.Signals(signum).name
+        return (
+            f"stopped by {name} after step {self.step} of {self.total_steps}, saved in {self.folder.last}; "
+            f"go on with: dtrades-fast train --resume --run {self.config.run_name} --runs-dir {self.folder.path.parent}"
+        )
+
+
+def create_model(config: Config, info: data.DataInfo) -> models.Classifier:
+    """The untrained network of a configuration; its weights come from torch's global generator."""
+    mean, std = info.normalization(config.model.normalization)
+    return models.create(
+        config.model.arch,
+        num_classes=len(info.classes),
+        in_channels=info.channels,
+        image_size=info.image_size,
+        width=config.model.width,
+        mean=mean,
+        std=std,
+    )
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT are put into; a second one of the same kind acts as usual."""
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        signal.signal(signum, before[signum])
+
+    try:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+            for name in (signal.SIGTERM, signal.SIGINT):
+                before[name] = signal.signal(name, note)
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(config: Config, console: Console | None = None) -> RunFolder:
+    """Make the run that ``config`` describes, or go on with it.
+
+    Raises:
+        ValueError: a configuration, or a run folder, that is not possible.
+        FileNotFoundError: the data set or initial weights are missing.
+        TrainingError: the loss is not finite.
+        Interrupted: SIGTERM or SIGINT came; the state is saved.
+    """
+    console = console or Console()
+    folder = RunFolder(config.folder)
+    folder.check(config)
+    sets = data.load(
+        config.data.dataset, config.data.data_root, environment.device(config.run.device), limit=config.data.limit
+    )
+    config = config.resolved(sets.info.epsilon)
+    if config.optimization.amp == "fp16" and config.run.device == "cpu":
+        raise ValueError("--amp fp16 needs CUDA, and the device is cpu: use --amp bf16 or --amp off")
+    assert config.run.threads is not None
+    torch.set_num_threads(config.run.threads)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for
+    torch.use_deterministic_algorithms(config.run.deterministic)
+    trainer = Trainer(config, sets, folder, console)
+    env = environment.describe(config.run.device, config.run.threads)
+    env |= {"seed": config.run.seed, "data": {"name": sets.info.name, "fingerprint": sets.info.fingerprint}}
+    with folder.locked(), stop_signals() as stop:
+        if folder.open(config, env):
+            trainer.restore()
+        elif config.model.init_weights is not None:
+            trainer.load_initial_weights(config.model.init_weights)
+        if trainer.step == trainer.total_steps:
+            trainer.say(f"run {folder.path} is finished, there is nothing to resume")
+        else:
+            trainer.plan()
+            trainer.fit(stop)
+    assert trainer.best is not None
+    trainer.say(
+        f"best epoch {trainer.best['epoch']}: validation na {trainer.best['na']:.1%} ra {trainer.best['ra']:.1%}; "
+        f"weights in {folder.best_weights.name} and, of the last epoch, {folder.weights.name}\n"
+        f"next: dtrades-fast evaluate {folder.path}"
+    )
+    return folder
