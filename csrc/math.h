@@ -144,7 +144,7 @@ DTF_INLINE V sign(V x) {
 template <typename V>
 DTF_INLINE V pgd_linf(V adv, V grad, V clean, V step_size, V epsilon, V lower, V upper) {
   V moved = clamp(adv + step_size * sign(grad), clean - epsilon, clean + epsilon);
-  return clamp(moved, lower, upper);
+  return clamp(select(clean == clean, moved, clean), lower, upper);  // a NaN bound would not clamp
 }
 // The L2 step in two parts, with the two norms between them: delta = x' + (step / ||g||) g - x, then
 // x' = clip(x + shrink delta, lower, upper).

@@ -299,8 +299,6 @@ class Config:
             raise ValueError(f"--epsilon-ramp must be a share of training from 0 to 1, got {attack.epsilon_ramp}")
         if optimization.ema is not None and not 0 <= optimization.ema < 1:
             raise ValueError(f"--ema must be a decay in [0, 1), e.g. 0.999, got {optimization.ema}")
-        if optimization.milestones and optimization.schedule != "step":
-            raise ValueError(f"--milestones belong to --schedule step, got --schedule {optimization.schedule}")
         if optimization.schedule == "step" and not optimization.milestones:
             raise ValueError("--schedule step needs --milestones, the epochs after which the learning rate drops")
         if optimization.nesterov and (optimization.optimizer != "sgd" or optimization.momentum == 0):
@@ -423,10 +421,14 @@ def _apply(config: Config, values: Mapping[str, Any], method: str, source: str) 
     plain = {name: value for name, value in values.items() if name != "methods"}
     if plain.get("method", method) != method:
         plain = {name: value for name, value in plain.items() if name not in vars(Defense())}
-    plain |= values.get("methods", {}).get(method, {})
+    sections = values.get("methods", {})
+    if strange := [name for name in sections if name not in defenses.names()]:
+        raise ValueError(f"{source}: unknown method {strange[0]!r}; known are {', '.join(defenses.names())}")
+    plain |= sections.get(method, {})
     known = {name for group in dataclasses.fields(Config) for name in vars(getattr(Config(), group.name))}
     known -= set(NOT_STORED)
-    if unknown := [name for name in plain if name not in known]:
+    given = [name for part in (values, *sections.values()) for name in part if name != "methods"]
+    if unknown := [name for name in given if name not in known]:
         raise ValueError(f"{source} has unknown options {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     arguments = [word for name, value in plain.items() for word in _words(name, value)]
     return _cli(config, arguments, source)

@@ -173,7 +173,7 @@ def test_half_a_line_of_metrics(data: Path, tmp_path: Path, monkeypatch: pytest.
 def test_metrics_lost(data: Path, tmp_path: Path) -> None:
     folder, _ = tiny_run.run(data, tmp_path)
     folder.metrics.unlink()
-    with pytest.raises(RuntimeError, match="has 0 lines, but last.pt was saved after 3 epochs"):
+    with pytest.raises(RuntimeError, match=r"has 0 lines, but last\.pt was saved after 3 epochs"):
         tiny_run.run(data, tmp_path, "--resume")
 
 

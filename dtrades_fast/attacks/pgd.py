@@ -110,7 +110,9 @@ class PGD(Attack):
             if len(standing) == 0:
                 break
             part = objective.select(standing)
-            adv = self.ascend(model, images[standing], part, index[standing], rng.key(key, "restart", restart)).adv
+            # The first start is that of a single run, so that more restarts never make a sample's result weaker.
+            start_key = rng.key(key, "restart", restart) if restart else key
+            adv = self.ascend(model, images[standing], part, index[standing], start_key).adv
             with torch.no_grad():
                 logits = model(adv)
             fooled = (logits.argmax(1) == labels[standing]) == self.targeted

@@ -75,7 +75,8 @@ def labels(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 def number(name: str, value: float, minimum: float = -math.inf, *, finite: bool = True) -> None:
     if isinstance(value, Tensor) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
-    if math.isnan(value) or value < minimum or (finite and math.isinf(value)):
+    # comparisons, which are false for NaN, instead of math.isnan: torch.compile can trace them for a symbolic float
+    if not value >= minimum or (finite and not -math.inf < value < math.inf):
         kind = "a finite number" if finite else "a number"
         at_least = f" of at least {minimum:g}" if minimum != -math.inf else ""
         raise ValueError(f"{name} must be {kind}{at_least}, got {value}")

@@ -72,7 +72,7 @@ class _LogitGradKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         adv, log_p = ctx.saved_tensors
-        return reference.softmax_backward(grads[0], adv), -grads[0] * log_p.exp()
+        return reference.softmax_backward(grads[0], adv), reference.exp_backward(-grads[0], log_p)
 
     vmap = staticmethod(_vmap.rule(lambda *arguments: _LogitGradKL.apply(*arguments)))
 

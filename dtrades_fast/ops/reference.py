@@ -38,6 +38,11 @@ def _expected(p: Tensor, value: Tensor) -> Tensor:
     return (p * torch.where(p != 0, value, 0)).sum(-1)
 
 
+def _pixels(x: Tensor) -> Tensor:
+    """[N, ...] -> [N, pixels]; [N] has one pixel per sample."""
+    return x.flatten(1) if x.dim() > 1 else x[:, None]
+
+
 def _per_sample(value: Tensor, like: Tensor) -> Tensor:
     """[N] -> [N, 1, ..., 1], to broadcast over the samples of ``like``."""
     return value.view(-1, *[1] * (like.dim() - 1))
@@ -45,13 +50,14 @@ def _per_sample(value: Tensor, like: Tensor) -> Tensor:
 
 def l2_norm(x: Tensor) -> Tensor:
     """Per-sample L2 norm, squares summed in float64 so that tiny gradients (1e-25) do not vanish."""
-    return torch.linalg.vector_norm(x.flatten(1).double(), dim=1).to(compute_dtype(x.dtype))
+    return torch.linalg.vector_norm(_pixels(x).double(), dim=1).to(compute_dtype(x.dtype))
 
 
 def entropy_kl(clean_logits: Tensor, adv_logits: Tensor) -> tuple[Tensor, Tensor]:
     log_p, log_q = _wide(clean_logits).log_softmax(-1), _wide(adv_logits).log_softmax(-1)
     p = log_p.exp()
-    return -_expected(p, log_p), _expected(p, log_p - log_q)
+    kl = _expected(p, log_p - log_q)
+    return -_expected(p, log_p), torch.where(kl < 0, kl - kl.detach(), kl)  # rounding may not make it negative
 
 
 def entropy_kl_backward(
@@ -72,19 +78,24 @@ def softmax_backward(grad: Tensor, logits: Tensor) -> Tensor:
     return (p * (grad - (p * grad).sum(-1, keepdim=True))).to(logits.dtype)
 
 
+def exp_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return (_wide(grad) * _wide(x).exp()).to(x.dtype)
+
+
 def logit_grad_kl(adv_logits: Tensor, clean_log_probs: Tensor) -> Tensor:
     return (_wide(adv_logits).softmax(-1) - _wide(clean_log_probs).exp()).to(adv_logits.dtype)
 
 
 def logit_grad_ce(logits: Tensor, labels: Tensor) -> Tensor:
-    one_hot = torch.nn.functional.one_hot(labels, logits.shape[-1])
-    return (_wide(logits).softmax(-1) - one_hot).to(logits.dtype)
+    target = labels[:, None] == torch.arange(logits.shape[-1], device=logits.device)
+    grad = _wide(logits).softmax(-1) - target.to(compute_dtype(logits.dtype))
+    return torch.where(target.any(-1, keepdim=True), grad, math.nan).to(logits.dtype)  # a wrong label shows
 
 
 def sample_stats(
     grad: Tensor, adv: Tensor, clean: Tensor, epsilon: float, lower: float, upper: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    g, a, x = _wide(grad).flatten(1), _wide(adv).flatten(1), _wide(clean).flatten(1)
+    g, a, x = _pixels(_wide(grad)), _pixels(_wide(adv)), _pixels(_wide(clean))
     rise = torch.maximum(g * ((x + epsilon).clamp(max=upper) - a), g * ((x - epsilon).clamp(min=lower) - a))
     linf = g.abs().amax(1) if g.shape[1] else g.new_zeros(g.shape[0])
     return l2_norm(grad), g.abs().sum(1), linf, rise.sum(1)
@@ -178,7 +189,7 @@ def _normals(index: Tensor, count: int, key: int, dtype: torch.dtype) -> Tensor:
 def random_start(
     clean: Tensor, index: Tensor, kind: str, radius: float, lower: float, upper: float, key: int
 ) -> Tensor:
-    x = _wide(clean).flatten(1)
+    x = _pixels(_wide(clean))
     count = x.shape[1]
     if kind == "linf":
         u = (_words(index, count, 0, key) >> 8).to(x.dtype) * 2.0**-23 - 1

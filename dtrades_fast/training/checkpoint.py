@@ -59,14 +59,14 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     write(path, lambda file: torch.save(state, file))
 
 
-def load_state(path: Path, device: str) -> dict[str, Any]:
-    """What :func:`save_state` wrote; tensors alone are read, no code is run.
+def load_state(path: Path) -> dict[str, Any]:
+    """What :func:`save_state` wrote, on the CPU; tensors alone are read, no code is run.
 
     Raises:
         RuntimeError: the file is damaged or holds something else.
     """
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise RuntimeError(f"{path} is damaged or no checkpoint of this program: {error}") from error
     if not isinstance(state, dict):

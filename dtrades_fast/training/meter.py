@@ -18,7 +18,7 @@ class Meter:
 
     def __init__(self, sums: dict[str, Tensor] | None = None):
         #: name -> count, sum, sum of squares, minimum, maximum
-        self.sums = {} if sums is None else dict(sums)
+        self.sums = sums or {}
         self.latest: dict[str, Tensor] = {}
 
     def add(self, name: str, values: Tensor) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -213,20 +213,20 @@ class Trainer:
         bad = {name: int((~torch.isfinite(values)).sum()) for name, values in loss.terms.items()}
         size = len(next(iter(loss.terms.values()), ()))
         named = [f"{name} for {count} of {size} samples" for name, count in bad.items() if count]
-        self.fail(f"loss is {loss.total.item()}, not finite: {', '.join(named) or 'the total alone'}")
+        self.fail(self.step + 1, f"loss is {loss.total.item()}, not finite: {', '.join(named) or 'the total alone'}")
 
     def check_weights(self) -> None:
         """No weight that is not finite may get into a checkpoint, so that the last one is a good one."""
         for name, tensor in self.model.state_dict().items():
             if not torch.isfinite(tensor).all():
-                self.fail(f"weights are not finite: {name}")
+                self.fail(self.step, f"weights are not finite: {name}")
 
-    def fail(self, what: str) -> None:
-        at = f"step {self.step + 1} of {self.total_steps} (epoch {self.step // len(self.batches) + 1})"
+    def fail(self, step: int, what: str) -> NoReturn:
+        at = f"step {step} of {self.total_steps} (epoch {(step - 1) // len(self.batches) + 1})"
         good = "no checkpoint had been saved yet"
         if self.folder.last.is_file():
-            step = checkpoint.load_state(self.folder.last, "cpu")["step"]
-            good = f"the last good checkpoint is kept: {self.folder.last}, after step {step}"
+            saved = checkpoint.load_state(self.folder.last)["step"]
+            good = f"the last good checkpoint is kept: {self.folder.last}, after step {saved}"
         raise TrainingError(
             f"training stopped at {at}: {what}. {good[0].upper()}{good[1:]}. "
             "Start again with a lower --lr or with --clip-norm"
@@ -312,7 +312,7 @@ class Trainer:
 
     def restore(self) -> None:
         """Go back to where ``last.pt`` was saved."""
-        state = checkpoint.load_state(self.folder.last, self.device)
+        state = checkpoint.load_state(self.folder.last)
         self.step, self.best, self.epoch_seconds = state["step"], state["best"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -320,8 +320,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        self.meter = Meter(state["meter"])
-        self.folder.cut_metrics(self.step // len(self.batches))
+        self.meter = Meter({name: sums.to(self.device) for name, sums in state["meter"].items()})
 
     # What is said
 
@@ -451,6 +450,7 @@ def train(config: Config, console: Console | None = None) -> RunFolder:
             trainer.restore()
         elif config.model.init_weights is not None:
             trainer.load_initial_weights(config.model.init_weights)
+        folder.cut_metrics(trainer.step // len(trainer.batches))
         if trainer.step == trainer.total_steps:
             trainer.say(f"run {folder.path} is finished, there is nothing to resume")
         else:

@@ -1,0 +1,149 @@
+"""`pip install .`: builds against the torch that is there, downloads no second one, and survives a broken compiler."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "_build", "csrc", "dtrades_fast")
+OFFLINE = ("No matching distribution found for setuptools", "No matching distribution found for ninja", "Connection")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a build needs, without anything built."""
+    copy = tmp_path_factory.mktemp("source")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.py", "*.egg-info")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def build(tree: Path, target: Path, **environment: str) -> tuple[Path, str]:
+    """The unpacked wheel that plain `pip wheel` makes, with build isolation, and what pip printed."""
+    shutil.rmtree(tree / "build", ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", str(target), str(tree)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    log = result.stdout + result.stderr
+    if result.returncode and any(sign in log for sign in OFFLINE):
+        pytest.skip("no package index is reached, which build isolation needs for setuptools and ninja")
+    assert result.returncode == 0, log[-4000:]
+    (wheel,) = target.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target / "unpacked")
+    return target / "unpacked", log
+
+
+def python(path: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run code with the unpacked wheel in front of whatever is installed."""
+    script = f"import sys; sys.path.insert(0, {str(path)!r}); {code}"
+    # a child in an empty folder, without the paths that an editable installation puts into sys.meta_path first
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]; {script}",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=path,
+        check=False,
+    )
+
+
+USE = (
+    "import torch; from dtrades_fast import ops; z = torch.randn(4, 10); "
+    "print(ops.BACKEND.name, float(ops.entropy_kl(z, z).kl.sum()), ops.__file__)"
+)
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return build(tree, tmp_path_factory.mktemp("wheel"))
+
+
+def test_pip_downloads_no_torch(wheel: tuple[Path, str]) -> None:
+    fetched = re.findall(
+        r"^\s*(?:Collecting|Downloading|Processing|Installing collected packages:)\s+(.*)$", wheel[1], re.M
+    )
+    assert any("setuptools" in line for line in fetched)  # the log does show what pip fetches
+    assert not [line for line in fetched if re.search(r"\btorch\b|nvidia|triton", line.replace(str(ROOT), ""))]
+
+
+def test_wheel_has_the_kernels_and_they_serve(wheel: tuple[Path, str]) -> None:
+    package = wheel[0] / "dtrades_fast"
+    assert (package / "_C.abi3.so").is_file()
+    assert (package / "recipes" / "quick.yaml").is_file()
+    result = python(wheel[0], USE)
+    assert result.stdout.split()[:2] == ["cpp", "0.0"], result.stderr
+    assert str(wheel[0]) in result.stdout
+
+
+def test_wheel_is_for_any_python_and_uses_the_stable_abi_only(wheel: tuple[Path, str]) -> None:
+    (name,) = (path.name for path in wheel[0].parent.glob("*.whl"))
+    assert "-cp310-abi3-" in name
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    library = wheel[0] / "dtrades_fast" / "_C.abi3.so"
+    symbols = subprocess.run(["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True)
+    assert "aoti_torch" in symbols.stdout
+    assert not re.search(r"\b(at|c10)::", symbols.stdout)
+
+
+def test_broken_compiler_leaves_a_working_package(tree: Path, tmp_path: Path) -> None:
+    path, log = build(tree, tmp_path, CXX="/bin/false", CC="/bin/false")
+    assert "WARNING: dtrades_fast._C was not built" in log
+    assert not list(path.glob("dtrades_fast/*.so"))
+    result = python(path, USE)
+    assert result.stdout.startswith("reference 0.0"), result.stderr
+    assert result.stderr.count("RuntimeWarning") == 1
+    assert "compiling it failed" in result.stderr
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch):
+    spec = importlib.util.spec_from_file_location("backend_under_test", ROOT / "_build" / "backend.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # as in pip's isolated environment, where torch cannot be imported
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    return module
+
+
+def test_every_hook_lends_the_installed_torch(backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").touch()
+    monkeypatch.setattr(backend, "_site_packages", lambda: [str(tmp_path)])
+    assert backend.get_requires_for_build_wheel() == []
+    assert backend.get_requires_for_build_editable() == []
+    for hook in (
+        "build_wheel",
+        "build_editable",
+        "prepare_metadata_for_build_wheel",
+        "prepare_metadata_for_build_editable",
+    ):
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        seen: list[str] = []
+        monkeypatch.setattr(backend.build_meta, hook, lambda *_, seen=seen: seen.extend(sys.path), raising=False)
+        getattr(backend, hook)("somewhere")
+        assert seen[-1] == str(tmp_path), hook
+
+
+def test_torch_is_asked_for_where_there_is_none(backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_site_packages", lambda: [str(tmp_path)])
+    assert backend.get_requires_for_build_wheel() == ["torch>=2.13"]
+    assert backend.get_requires_for_build_editable() == ["torch>=2.13"]
