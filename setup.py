@@ -122,7 +122,7 @@ def _write_build_info(root: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(
         '"""Written by the build: what it was built against, and which modules were left out and why."""\n\n'
-        f"TORCH = {version!r}\nPROBLEMS = {problems!r}\n"
+        f"TORCH = {version!r}\nPROBLEMS: dict[str, str] = {problems!r}\n"
     )
 
 

@@ -66,8 +66,8 @@ def _load() -> Backend:
                 devices.add(device)
             except ModuleNotFoundError:
                 problems[module] = _build_problem(module)
-            except (ImportError, OSError) as error:
-                problems[module] = f"compiled, but does not load with torch {torch.__version__}: {error}"
+            except (ImportError, OSError) as failure:
+                problems[module] = f"compiled, but does not load with torch {torch.__version__}: {failure}"
             if module == "_C" and device not in devices:  # the schemas live there
                 break
     error = None

@@ -68,8 +68,8 @@ def lambda_x(
     if has_kernel(clean_logits):
         call = _LambdaX.apply if needs_grad(clean_logits, grad) else torch.ops.dtrades_fast.lambda_x
         return LambdaX(*call(clean_logits, grad, alpha, beta, base, minimum, maximum))
-    value, entropy, sensitivity = reference.lambda_x(clean_logits, grad, alpha, beta, base, minimum, maximum)
-    return LambdaX(value, entropy.detach(), sensitivity.detach())
+    weight, entropy, sensitivity = reference.lambda_x(clean_logits, grad, alpha, beta, base, minimum, maximum)
+    return LambdaX(weight, entropy.detach(), sensitivity.detach())
 
 
 class _LambdaX(torch.autograd.Function):
@@ -81,7 +81,8 @@ class _LambdaX(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        logits, grad, *ctx.settings = inputs
+        logits, grad, *settings = inputs
+        ctx.settings = tuple(settings)
         ctx.save_for_backward(logits, grad)
         ctx.mark_non_differentiable(output[1], output[2])
 
@@ -89,7 +90,7 @@ class _LambdaX(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         logits, grad = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        return *reference.lambda_x_backward(grads[0], logits, grad, *ctx.settings, wanted=wanted), *[None] * 5
+        return *reference.lambda_x_backward(grads[0], logits, grad, ctx.settings, wanted), *[None] * 5
 
     vmap = staticmethod(_vmap.rule(lambda *arguments: _LambdaX.apply(*arguments)))
 

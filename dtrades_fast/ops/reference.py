@@ -115,13 +115,10 @@ def lambda_x_backward(
     grad_value: Tensor,
     clean_logits: Tensor,
     grad: Tensor,
-    alpha: float,
-    beta: float,
-    base: float,
-    minimum: float,
-    maximum: float,
+    settings: tuple[float, float, float, float, float],
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
+    alpha, beta, base, minimum, maximum = settings
     log_p = _wide(clean_logits).log_softmax(-1)
     p = log_p.exp()
     entropy, sensitivity = -_expected(p, log_p), l2_norm(grad)

@@ -109,10 +109,10 @@ class Softmax:
 def rounding(dtype: torch.dtype, terms: int = 1) -> float:
     """Relative error of arithmetic in the dtype that ``dtype`` is computed in.
 
-    A few roundings (1.4 ulp each of exp and log, a product, a quotient) and a sum of ``terms``, whose roundings add up
-    like a random walk; 8 covers the former and the longest step of the latter.
+    A few roundings (1.4 ulp each of exp and log, half an ulp each of a product and a quotient: 4) and a sum of
+    ``terms``, whose half ulps add up like a random walk. The worst seen is a quarter to a half of this.
     """
-    return torch.finfo(row_dtype(dtype)).eps * (8 + math.sqrt(terms))
+    return torch.finfo(row_dtype(dtype)).eps * (4 + math.sqrt(terms) / 2)
 
 
 def assert_within(actual: Tensor, expected: np.ndarray, tolerance: np.ndarray | float, what: str = "") -> None:
