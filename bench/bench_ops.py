@@ -269,14 +269,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     # The graph is kept for repeated backward calls, so compiled code must not reuse its saved buffers.
     torch._functorch.config.donated_buffer = False
-    started, rows = time.monotonic(), []
+    started, rows, description = time.monotonic(), [], machine(options.device)
+    if (description["load_average"] or 0) > 0.5:
+        print(f"warning: the machine is busy (load {description['load_average']}): only ratios mean something, and "
+              "those of calls on all CPUs little", file=sys.stderr)  # fmt: skip
     for case in bench_all(options):
         rows += case
         times = ", ".join(f"{row.provider} {row.median_us:.1f}" for row in case)
         first = case[0]
         print(f"{first.op} {first.mode} {first.shape} {first.dtype} {first.threads} threads: {times} us",
               file=sys.stderr, flush=True)  # fmt: skip
-    description = machine(options.device)
     others = [p for p in options.providers if p != "ours"]
     print_table(f"{description['cpu']}, {description['device']}, {description['simd_level']}", rows, "ours", others)
     stem = f"ops-{options.device.type}"

@@ -115,7 +115,8 @@ class Effort:
 def measure(calls: Mapping[str, Call], device: torch.device, effort: Effort) -> dict[str, Timing]:
     """Time the calls in turns (see above), after warming each up."""
     timed = _time_on_cuda if device.type == "cuda" else _time_on_cpu
-    counts, samples = {}, {}
+    counts: dict[str, int] = {}
+    samples: dict[str, list[float]] = {}
     for name, call in calls.items():
         timed(call, 2)
         typical = min(timed(call, 3)) * 1e-6
@@ -216,10 +217,12 @@ def _cpu_caches() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """What the figures are measured on, and what else it is doing now: with a load average above a few tenths the
+    other processes take CPU time, and calls on all CPUs wait for the slowest thread."""
     return {
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "caches": _cpu_caches(),
         "simd_level": _library.simd_level(),
         "backend": BACKEND.name,

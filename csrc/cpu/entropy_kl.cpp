@@ -5,14 +5,14 @@
 namespace dtf {
 namespace {
 
-template <typename T>
+template <int Bytes, typename T>
 DTF_INLINE void forward(const EntropyKLForward<T>& k, int64_t begin, int64_t end) {
   using A = Compute<T>;
-  using L = Lanes<A>;
-  for_rows<A>(
+  using L = Lanes<A, Bytes>;
+  for_rows<L>(
       begin, end, k.classes,
       [&](int64_t first, int64_t count) DTF_LAMBDA_INLINE {
-        RowBlock<T> clean, adv;
+        RowBlock<T, L> clean, adv;
         clean.read(k.clean + first * k.classes, count, k.classes);
         adv.read(k.adv + first * k.classes, count, k.classes);
         L clean_max = row_maximum(clean, k.classes), adv_max = row_maximum(adv, k.classes);
@@ -20,18 +20,17 @@ DTF_INLINE void forward(const EntropyKLForward<T>& k, int64_t begin, int64_t end
         for (int64_t c = 0; c < k.classes; ++c) sums.add(clean[c] - clean_max, adv[c] - adv_max);
         store_part(k.entropy + first, sums.entropy(), count);
         store_part(k.kl + first, sums.kl(), count);
-        L clean_log = log(sums.exp_clean), adv_log = log(sums.exp_adv);
-        for (int64_t i = 0; i < count; ++i) {
-          A* n = k.normalisers + 4 * (first + i);
-          n[0] = clean_max.v[i], n[1] = clean_log.v[i], n[2] = adv_max.v[i], n[3] = adv_log.v[i];
-        }
+        RowBlock<A, L> n;
+        n.set(0, clean_max), n.set(1, log(sums.exp_clean)), n.set(2, adv_max), n.set(3, log(sums.exp_adv));
+        n.write(k.normalisers + 4 * first, count, 4);
       },
       [&](int64_t row) DTF_LAMBDA_INLINE {
         const T *clean = k.clean + row * k.classes, *adv = k.adv + row * k.classes;
         constexpr A nothing = -std::numeric_limits<A>::infinity();
-        A clean_max = row_maximum(clean, k.classes), adv_max = row_maximum(adv, k.classes);
+        A clean_max = row_maximum<L>(clean, k.classes), adv_max = row_maximum<L>(adv, k.classes);
         EntropyKLSums<L> lanes;
-        for_lanes<A>(0, k.classes, [&](int64_t c, auto part) DTF_LAMBDA_INLINE {
+        for_lanes<L>(0, k.classes, [&](int64_t c, auto part) DTF_LAMBDA_INLINE {
+          prefetch(clean + k.classes + c), prefetch(adv + k.classes + c);
           lanes.add(part.load(clean + c, nothing) - L(clean_max), part.load(adv + c, nothing) - L(adv_max));
         });
         EntropyKLSums<A> sums{sum(lanes.exp_clean), sum(lanes.exp_adv), sum(lanes.clean_shift), sum(lanes.difference)};
@@ -61,20 +60,20 @@ struct GradTerms {
   }
 };
 
-template <typename T>
+template <int Bytes, typename T>
 DTF_INLINE void backward(const EntropyKLBackward<T>& k, int64_t begin, int64_t end) {
   using A = Compute<T>;
-  using L = Lanes<A>;
+  using L = Lanes<A, Bytes>;
   const bool has_entropy = k.grad_entropy != nullptr, has_kl = k.grad_kl != nullptr;
-  for_rows<A>(
+  for_rows<L>(
       begin, end, k.classes,
       [&](int64_t first, int64_t count) DTF_LAMBDA_INLINE {
-        RowBlock<T> clean, adv;
+        RowBlock<T, L> clean, adv;
         clean.read(k.clean + first * k.classes, count, k.classes);
         adv.read(k.adv + first * k.classes, count, k.classes);
-        RowBlock<A> n;
+        RowBlock<A, L> n;
         n.read(k.normalisers + first * 4, count, 4);
-        auto rows = [&](const A* values) DTF_LAMBDA_INLINE { return load_part(values + first, count, A(0)); };
+        auto rows = [&](const A* values) DTF_LAMBDA_INLINE { return load_part<L>(values + first, count, A(0)); };
         GradTerms<L> terms{has_entropy ? rows(k.grad_entropy) : L(0),
                            has_kl ? rows(k.grad_kl) : L(0),
                            rows(k.entropy),
@@ -102,7 +101,7 @@ DTF_INLINE void backward(const EntropyKLBackward<T>& k, int64_t begin, int64_t e
                            has_entropy,
                            has_kl};
         int64_t start = row * k.classes;
-        for_lanes<A>(start, start + k.classes, [&](int64_t i, auto part) DTF_LAMBDA_INLINE {
+        for_lanes<L>(start, start + k.classes, [&](int64_t i, auto part) DTF_LAMBDA_INLINE {
           EntropyKLGrad<L> g = terms(part.load(k.clean + i, A(0)), part.load(k.adv + i, A(0)));
           part.store(k.grad_clean + i, g.clean);
           part.store(k.grad_adv + i, g.adv);

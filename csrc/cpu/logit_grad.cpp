@@ -9,17 +9,16 @@ namespace {
 
 // Both operators: exponentials of each row, their sum, then finish(exp(z - m), 1 / sum, ...) per class.
 // block_term(first, count) and row_term(row) give a function of (class, part) for what is subtracted.
-template <typename T, typename BlockFinish, typename RowFinish>
+template <typename L, typename T, typename BlockFinish, typename RowFinish>
 DTF_INLINE void softmax_minus(const T* logits, T* grad, int64_t classes, int64_t begin, int64_t end,
                               BlockFinish finish_block, RowFinish finish_row) {
   using A = Compute<T>;
-  using L = Lanes<A>;
   std::unique_ptr<A[]> exps;  // one long row
   if (classes > kMaxClassesLaneIsRow) exps.reset(new A[classes]);
-  for_rows<A>(
+  for_rows<L>(
       begin, end, classes,
       [&](int64_t first, int64_t count) DTF_LAMBDA_INLINE {
-        RowBlock<T> block;
+        RowBlock<T, L> block;
         block.read(logits + first * classes, count, classes);
         L m = row_maximum(block, classes), total(0);
         for (int64_t c = 0; c < classes; ++c) {
@@ -33,27 +32,28 @@ DTF_INLINE void softmax_minus(const T* logits, T* grad, int64_t classes, int64_t
       [&](int64_t row) DTF_LAMBDA_INLINE {
         const T* z = logits + row * classes;
         constexpr A nothing = -std::numeric_limits<A>::infinity();
-        L m(row_maximum(z, classes)), total(0);
-        for_lanes<A>(0, classes, [&](int64_t c, auto part) DTF_LAMBDA_INLINE {
+        L m(row_maximum<L>(z, classes)), total(0);
+        for_lanes<L>(0, classes, [&](int64_t c, auto part) DTF_LAMBDA_INLINE {
           L e = exp(part.load(z + c, nothing) - m);
+          prefetch(z + classes + c);
           part.store(exps.get() + c, e);
           total = total + e;
         });
         L inverse_sum = L(A(1) / sum(total));
-        for_lanes<A>(0, classes, [&](int64_t c, auto part) DTF_LAMBDA_INLINE {
+        for_lanes<L>(0, classes, [&](int64_t c, auto part) DTF_LAMBDA_INLINE {
           part.store(grad + row * classes + c, finish_row(part.load(exps.get() + c, A(0)), inverse_sum, row, c, part));
         });
       });
 }
 
-template <typename T>
+template <int Bytes, typename T>
 DTF_INLINE void kl(const LogitGradKL<T>& k, int64_t begin, int64_t end) {
   using A = Compute<T>;
-  using L = Lanes<A>;
-  softmax_minus(
+  using L = Lanes<A, Bytes>;
+  softmax_minus<L>(
       k.adv, k.grad, k.classes, begin, end,
-      [&](RowBlock<T>& exps, L inverse_sum, int64_t first, int64_t count) DTF_LAMBDA_INLINE {
-        RowBlock<T> log_probs;
+      [&](RowBlock<T, L>& exps, L inverse_sum, int64_t first, int64_t count) DTF_LAMBDA_INLINE {
+        RowBlock<T, L> log_probs;
         log_probs.read(k.clean_log_probs + first * k.classes, count, k.classes);
         for (int64_t c = 0; c < k.classes; ++c) exps.set(c, logit_grad_kl(exps[c], inverse_sum, log_probs[c]));
       },
@@ -62,19 +62,19 @@ DTF_INLINE void kl(const LogitGradKL<T>& k, int64_t begin, int64_t end) {
       });
 }
 
-template <typename T>
+template <int Bytes, typename T>
 DTF_INLINE void ce(const LogitGradCE<T>& k, int64_t begin, int64_t end) {
   using A = Compute<T>;
-  using L = Lanes<A>;
+  using L = Lanes<A, Bytes>;
   constexpr A nan = std::numeric_limits<A>::quiet_NaN();
   auto invalid = [&](int64_t row) DTF_LAMBDA_INLINE { return k.labels[row] < 0 || k.labels[row] >= k.classes; };
-  softmax_minus(
+  softmax_minus<L>(
       k.logits, k.grad, k.classes, begin, end,
-      [&](RowBlock<T>& exps, L inverse_sum, int64_t first, int64_t count) DTF_LAMBDA_INLINE {
+      [&](RowBlock<T, L>& exps, L inverse_sum, int64_t first, int64_t count) DTF_LAMBDA_INLINE {
         L labels(-1);
         for (int64_t i = 0; i < count; ++i) {
-          labels.v[i] = static_cast<A>(k.labels[first + i]);
-          if (invalid(first + i)) inverse_sum.v[i] = nan;
+          labels.set(i, static_cast<A>(k.labels[first + i]));
+          if (invalid(first + i)) inverse_sum.set(i, nan);
         }
         for (int64_t c = 0; c < k.classes; ++c)
           exps.set(c, logit_grad_ce(exps[c], inverse_sum, select(labels == L(c), L(1), L(0))));
@@ -83,7 +83,7 @@ DTF_INLINE void ce(const LogitGradCE<T>& k, int64_t begin, int64_t end) {
         if (invalid(row)) return L(nan);
         L target(0);
         int64_t lane = k.labels[row] - c;
-        if (lane >= 0 && lane < L::width) target.v[lane] = A(1);
+        if (lane >= 0 && lane < L::width) target.set(lane, A(1));
         return logit_grad_ce(e, inverse_sum, target);
       });
 }

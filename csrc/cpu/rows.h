@@ -11,22 +11,70 @@ namespace dtf {
 
 constexpr int64_t kMaxClassesLaneIsRow = 64;
 
-template <typename T>
-struct RowBlock {
-  using A = Compute<T>;
-  using L = Lanes<A>;
-  A values[kMaxClassesLaneIsRow * L::width];  // [C][width]
+// Transposes 4x4 floats within each 16 bytes of four registers.
+template <typename Native, int... I>
+DTF_INLINE void transpose_4x4(Native (&r)[4], std::integer_sequence<int, I...>) {
+  constexpr int width = sizeof...(I);
+  // lane I of the result: from the first register where I is even, from the second where it is odd
+  Native low01 = __builtin_shufflevector(r[0], r[1], (I / 4 * 4 + I % 4 / 2 + I % 2 * width)...);
+  Native low23 = __builtin_shufflevector(r[2], r[3], (I / 4 * 4 + I % 4 / 2 + I % 2 * width)...);
+  Native high01 = __builtin_shufflevector(r[0], r[1], (I / 4 * 4 + I % 4 / 2 + I % 2 * width + 2)...);
+  Native high23 = __builtin_shufflevector(r[2], r[3], (I / 4 * 4 + I % 4 / 2 + I % 2 * width + 2)...);
+  // the first or the second half of each 16 bytes, from both registers
+  r[0] = __builtin_shufflevector(low01, low23, (I / 4 * 4 + I % 2 + I % 4 / 2 * width)...);
+  r[1] = __builtin_shufflevector(low01, low23, (I / 4 * 4 + I % 2 + I % 4 / 2 * width + 2)...);
+  r[2] = __builtin_shufflevector(high01, high23, (I / 4 * 4 + I % 2 + I % 4 / 2 * width)...);
+  r[3] = __builtin_shufflevector(high01, high23, (I / 4 * 4 + I % 2 + I % 4 / 2 * width + 2)...);
+}
 
-  DTF_INLINE L operator[](int64_t c) const { return load(values + c * L::width); }
+// Four floats from each of `fours` addresses, side by side in one register; and back.
+using Four [[gnu::vector_size(16)]] = float;
+template <int fours, typename Address>
+DTF_INLINE auto gather(Address address) {
+  if constexpr (fours == 1) {
+    Four x;
+    std::memcpy(&x, address(0), sizeof x);
+    return x;
+  } else if constexpr (fours == 2) {
+    return __builtin_shufflevector(
+        gather<1>(address), gather<1>([&](int j) DTF_LAMBDA_INLINE { return address(j + 1); }), 0, 1, 2, 3, 4, 5, 6, 7);
+  } else {
+    return __builtin_shufflevector(gather<2>(address),
+                                   gather<2>([&](int j) DTF_LAMBDA_INLINE { return address(j + 2); }), 0, 1, 2, 3, 4, 5,
+                                   6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+}
+
+template <typename Native, typename Put>
+DTF_INLINE void scatter(Native x, Put put) {
+  if constexpr (sizeof(Native) == 16) {
+    put(0, x);
+  } else {
+    put(0, __builtin_shufflevector(x, x, 0, 1, 2, 3));
+    put(1, __builtin_shufflevector(x, x, 4, 5, 6, 7));
+    if constexpr (sizeof(Native) == 64) {
+      put(2, __builtin_shufflevector(x, x, 8, 9, 10, 11));
+      put(3, __builtin_shufflevector(x, x, 12, 13, 14, 15));
+    }
+  }
+}
+
+// A block of up to `width` rows, as L: Lanes of the type that they are computed in.
+template <typename T, typename L>
+struct RowBlock {
+  using A = typename L::Scalar;
+  alignas(64) A values[kMaxClassesLaneIsRow * L::width];  // [C][width]
+
+  DTF_INLINE L operator[](int64_t c) const { return load<L>(values + c * L::width); }
   DTF_INLINE void set(int64_t c, L x) { store(values + c * L::width, x); }
 
-  // Reads `count` rows; the lanes beyond them are 0 and their results are not written.
+  // Reads `count` rows; the lanes beyond them repeat the last one and their results are not written.
   DTF_INLINE void read(const T* rows, int64_t count, int64_t classes) {
     if constexpr (std::is_same_v<T, A>) {
       transpose(rows, count, classes);
     } else {
-      A wide[kMaxClassesLaneIsRow * L::width];
-      for_lanes<A>(0, count * classes,
+      alignas(64) A wide[kMaxClassesLaneIsRow * L::width];
+      for_lanes<L>(0, count * classes,
                    [&](int64_t i, auto part) DTF_LAMBDA_INLINE { part.store(wide + i, part.load(rows + i, A(0))); });
       transpose(wide, count, classes);
     }
@@ -35,53 +83,97 @@ struct RowBlock {
     if constexpr (std::is_same_v<T, A>) {
       transpose_back(rows, count, classes);
     } else {
-      A wide[kMaxClassesLaneIsRow * L::width];
+      alignas(64) A wide[kMaxClassesLaneIsRow * L::width];
       transpose_back(wide, count, classes);
-      for_lanes<A>(0, count * classes,
+      for_lanes<L>(0, count * classes,
                    [&](int64_t i, auto part) DTF_LAMBDA_INLINE { part.store(rows + i, part.load(wide + i, A(0))); });
     }
   }
 
  private:
+  using Native = typename L::Native;
+  // 16 bytes of a row: four classes. Register i holds those of rows i, i + 4, i + 8, ...
+  static constexpr int parts = L::parts, fours = L::part_width / 4;
+  using Indices = std::make_integer_sequence<int, L::part_width>;
+  static constexpr bool by_four = std::is_same_v<A, float>;
+
   DTF_INLINE void transpose(const A* rows, int64_t count, int64_t classes) {
-    if (count == L::width) {
-      for (int64_t c = 0; c < classes; ++c)
-        for (int64_t i = 0; i < L::width; ++i) values[c * L::width + i] = rows[i * classes + c];
-    } else {
-      for (int64_t c = 0; c < classes; ++c)
-        for (int64_t i = 0; i < L::width; ++i) values[c * L::width + i] = i < count ? rows[i * classes + c] : A(0);
+    auto offset = [&](int64_t i) DTF_LAMBDA_INLINE { return (i < count ? i : count - 1) * classes; };
+    if constexpr (by_four) {
+      if (classes >= 4 && count == L::width)
+        return transpose_fours(rows, [&](int64_t i) DTF_LAMBDA_INLINE { return i * classes; }, classes);
+      if (classes >= 4) return transpose_fours(rows, offset, classes);
+    }
+    for (int64_t c = 0; c < classes; ++c)
+      for (int64_t i = 0; i < L::width; ++i) values[c * L::width + i] = rows[offset(i) + c];
+  }
+  // Four classes at a time; the last four may overlap the ones before.
+  template <typename Offset>
+  DTF_INLINE void transpose_fours(const A* rows, Offset offset, int64_t classes) {
+    for (int64_t next = 0; next < classes; next += 4) {
+      const int64_t c = next + 4 <= classes ? next : classes - 4;
+      DTF_EACH_PART(p) {
+        Native r[4];
+        for (int i = 0; i < 4; ++i)
+          r[i] =
+              gather<fours>([&](int j) DTF_LAMBDA_INLINE { return rows + offset(p * L::part_width + 4 * j + i) + c; });
+        transpose_4x4(r, Indices{});
+        for (int i = 0; i < 4; ++i) std::memcpy(values + (c + i) * L::width + p * L::part_width, &r[i], sizeof(Native));
+      }
     }
   }
   DTF_INLINE void transpose_back(A* rows, int64_t count, int64_t classes) const {
+    if constexpr (by_four) {
+      if (classes >= 4 && count == L::width) return transpose_fours_back(rows, L::width, classes);
+      if (classes >= 4) return transpose_fours_back(rows, count, classes);
+    }
     for (int64_t i = 0; i < count; ++i)
       for (int64_t c = 0; c < classes; ++c) rows[i * classes + c] = values[c * L::width + i];
+  }
+  DTF_INLINE void transpose_fours_back(A* rows, int64_t count, int64_t classes) const {
+    for (int64_t next = 0; next < classes; next += 4) {
+      const int64_t c = next + 4 <= classes ? next : classes - 4;
+      DTF_EACH_PART(p) {
+        Native r[4];
+        for (int i = 0; i < 4; ++i) std::memcpy(&r[i], values + (c + i) * L::width + p * L::part_width, sizeof(Native));
+        transpose_4x4(r, Indices{});
+        for (int i = 0; i < 4; ++i)
+          scatter(r[i], [&](int j, Four x) DTF_LAMBDA_INLINE {
+            const int64_t row = p * L::part_width + 4 * j + i;
+            if (row < count) std::memcpy(rows + row * classes + c, &x, sizeof x);
+          });
+      }
+    }
   }
 };
 
 // Maximum over the classes of each row of the block.
-template <typename T>
-DTF_INLINE Lanes<Compute<T>> row_maximum(const RowBlock<T>& block, int64_t classes) {
-  Lanes<Compute<T>> m = block[0];
+template <typename T, typename L>
+DTF_INLINE L row_maximum(const RowBlock<T, L>& block, int64_t classes) {
+  L m = block[0];
   for (int64_t c = 1; c < classes; ++c) m = max(m, block[c]);
   return m;
 }
+// Asks for a part of the next long row while this one is computed: its maximum, which is memory-bound, then runs from
+// the cache. Beyond the last row it does nothing.
+DTF_INLINE void prefetch(const void* address) { __builtin_prefetch(address); }
+
 // Maximum of one long row.
-template <typename T>
+template <typename L, typename T>
 DTF_INLINE Compute<T> row_maximum(const T* row, int64_t classes) {
   using A = Compute<T>;
   constexpr A lowest = -std::numeric_limits<A>::infinity();
-  Lanes<A> m(lowest);
-  for_lanes<A>(0, classes, [&](int64_t c, auto part) DTF_LAMBDA_INLINE { m = max(m, part.load(row + c, lowest)); });
+  L m(lowest);
+  for_lanes<L>(0, classes, [&](int64_t c, auto part) DTF_LAMBDA_INLINE { m = max(m, part.load(row + c, lowest)); });
   return maximum(m);
 }
 
 // Runs lane_is_row(first, count) over blocks of rows, or lane_is_class(row) over rows, whichever suits C.
-template <typename A, typename Block, typename Row>
+template <typename L, typename Block, typename Row>
 DTF_INLINE void for_rows(int64_t begin, int64_t end, int64_t classes, Block lane_is_row, Row lane_is_class) {
-  constexpr int64_t width = Lanes<A>::width;
   if (classes <= kMaxClassesLaneIsRow) {
-    for (int64_t first = begin; first < end; first += width)
-      lane_is_row(first, end - first < width ? end - first : width);
+    for (int64_t first = begin; first < end; first += L::width)
+      lane_is_row(first, end - first < L::width ? end - first : L::width);
   } else {
     for (int64_t row = begin; row < end; ++row) lane_is_class(row);
   }

@@ -4,16 +4,16 @@
 namespace dtf {
 namespace {
 
-template <typename T>
+template <int Bytes, typename T>
 DTF_INLINE void stats(const SampleStats<T>& k, int64_t begin, int64_t end) {
   using A = Compute<T>;
-  using L = Lanes<A>;
+  using L = Lanes<A, Bytes>;
   const L epsilon(k.epsilon), lower(k.lower), upper(k.upper);
   for (int64_t sample = begin; sample < end; ++sample) {
     const int64_t first = sample * k.size;
-    SumOfSquares squares;
+    SumOfSquares<Bytes> squares;
     L l1(0), linf(0), rise(0);
-    for_lanes<A>(first, first + k.size, [&](int64_t i, auto part) DTF_LAMBDA_INLINE {
+    for_lanes<L>(first, first + k.size, [&](int64_t i, auto part) DTF_LAMBDA_INLINE {
       L grad = part.load(k.grad + i, A(0)), adv = part.load(k.adv + i, A(0)), clean = part.load(k.clean + i, A(0));
       L size = abs(grad);
       squares.add(grad);

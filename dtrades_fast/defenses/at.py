@@ -1,7 +1,7 @@
 """PGD adversarial training (Madry et al. 2018).
 
-    loss = CE(z', y)
-    attack: maximise CE(z', y), uniform start in the ball, clipped to [0, 1]
+loss = CE(z', y)
+attack: maximise CE(z', y), uniform start in the ball, clipped to [0, 1]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Standard training, no defense: the baseline whose robust accuracy is near zero.
 
-    loss = CE(z, y)
+loss = CE(z, y)
 """
 
 from __future__ import annotations
