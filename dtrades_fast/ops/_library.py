@@ -18,6 +18,9 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 VARIABLE = "DTRADES_FAST_BACKEND"
 CHOICES = ("auto", "cpp", "reference")
+#: Forces a lower instruction set than the processor's best, to test and compare; read by the kernels themselves.
+SIMD_VARIABLE = "DTRADES_FAST_SIMD"
+SIMD_CHOICES = ("x86-64-v4", "x86-64-v3", "baseline")
 #: extension module -> the device type that its kernels serve
 MODULES = {"_C": "cpu", "_C_cuda": "cuda"}
 
@@ -75,6 +78,8 @@ def _load() -> Backend:
         error = f"{VARIABLE}={requested!r} is not a backend; allowed are {', '.join(CHOICES)}"
     elif requested == "cpp" and "cpu" not in devices:
         error = f"{VARIABLE}=cpp, but the kernels are not available: {problems['_C']}"
+    if (level := os.environ.get(SIMD_VARIABLE)) and level not in SIMD_CHOICES:
+        error = f"{SIMD_VARIABLE}={level!r} is not a level; allowed are {', '.join(SIMD_CHOICES)}"
     name = "cpp" if devices else "reference"
     if name == "reference" and error is None:
         why = f"{VARIABLE}=reference" if requested == "reference" else problems["_C"]

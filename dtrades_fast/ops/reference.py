@@ -73,9 +73,9 @@ def entropy_kl_backward(
 
 
 def softmax_backward(grad: Tensor, logits: Tensor) -> Tensor:
+    """``p (g - sum_c p_c g_c)``, the gradient through ``p = softmax(logits)``."""
     p = _wide(logits).softmax(-1)
-    grad = _wide(grad)
-    return (p * (grad - (p * grad).sum(-1, keepdim=True))).to(logits.dtype)
+    return torch.ops.aten._softmax_backward_data(_wide(grad), p, -1, p.dtype).to(logits.dtype)
 
 
 def exp_backward(grad: Tensor, x: Tensor) -> Tensor:
