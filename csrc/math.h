@@ -1,7 +1,7 @@
 // The mathematics of every operator, written once.
 //
 // Each function is a template over the value type V: a float or double on the host or in a CUDA thread, or a vector of
-// lanes (cpu/simd.h) on the CPU. V needs + - * / comparisons and exp, log, sqrt, select, max, min, abs, isnan; for
+// lanes (cpu/simd.h) on the CPU. V needs + - * / comparisons and exp, log, sqrt, floor, abs and select; for
 // scalars they are defined here. Nothing else in csrc/ contains a formula.
 #pragma once
 
@@ -64,6 +64,12 @@ DTF_INLINE V weighted(V probability, V value) {
   return select(probability == V(0), V(0), probability * value);
 }
 
+// H(p) = log s - sum e (z - m) / s, with s = sum e and shift = sum e (z - m)
+template <typename V>
+DTF_INLINE V entropy_of(V exp_sum, V shift) {
+  return log(exp_sum) - shift / exp_sum;
+}
+
 // Sums over the classes of one row of clean logits z (maximum m) and adversarial logits z' (maximum m').
 template <typename V>
 struct EntropyKLSums {
@@ -79,8 +85,7 @@ struct EntropyKLSums {
     clean_shift = clean_shift + weighted(e, clean);
     difference = difference + weighted(e, clean - adv);
   }
-  // H(p) = log s - sum e (z - m) / s
-  DTF_INLINE V entropy() const { return log(exp_clean) - clean_shift / exp_clean; }
+  DTF_INLINE V entropy() const { return entropy_of(exp_clean, clean_shift); }
   // KL(p || p') = sum e ((z - m) - (z' - m')) / s - log s + log s'; rounding may not make it negative
   DTF_INLINE V kl() const { return max(difference / exp_clean - log(exp_clean) + log(exp_adv), V(0)); }
 };
@@ -112,7 +117,7 @@ struct EntropySums {
     exp_sum = exp_sum + e;
     shift = shift + weighted(e, z);
   }
-  DTF_INLINE V entropy() const { return log(exp_sum) - shift / exp_sum; }
+  DTF_INLINE V entropy() const { return entropy_of(exp_sum, shift); }
 };
 
 // d KL(p || p') / dz' = p' - p, with p' = e' / s' given as e' and 1 / s'

@@ -7,8 +7,9 @@
 namespace dtf {
 namespace {
 
-// Both operators: exponentials of each row, their sum, then finish(exp(z - m), 1 / sum, ...) per class.
-// block_term(first, count) and row_term(row) give a function of (class, part) for what is subtracted.
+// Both operators: exponentials of each row, their sum, then what is subtracted. finish_block(exps, 1 / sum, first,
+// count) turns a block of rows into gradients in place, finish_row(exps, 1 / sum, row, class, part) one vector of a
+// long row.
 template <typename L, typename T, typename BlockFinish, typename RowFinish>
 DTF_INLINE void softmax_minus(const T* logits, T* grad, int64_t classes, int64_t begin, int64_t end,
                               BlockFinish finish_block, RowFinish finish_row) {

@@ -19,8 +19,7 @@ STABLE_TORCH_LIBRARY(dtrades_fast, m) {
   // clip(base + alpha H(softmax z) + beta ||g||_2, minimum, maximum), H, ||g||_2: [N] each
   m.def(
       "lambda_x(Tensor clean_logits, Tensor grad, float alpha, float beta, float base, float minimum, float maximum) "
-      "-> "
-      "(Tensor value, Tensor entropy, Tensor sensitivity)");
+      "-> (Tensor value, Tensor entropy, Tensor sensitivity)");
   // x' <- project(x' + step sign(g)) or project(x' + step g / ||g||_2), in place
   m.def(
       "pgd_step_(Tensor(a!) adv, Tensor grad, Tensor clean, float step_size, float epsilon, float lower, float upper, "

@@ -142,9 +142,9 @@ def evaluate(folder: RunFolder, options: Options) -> dict[str, Any]:
 
     labels = images.labels.cpu()
     natural = metrics.correct(model, images, None, 0, options.batch_size)
+    key = rng.key(options.seed, "evaluation")
     results = {}
     for name, attack in attacks.items():
-        key = rng.key(options.seed, "evaluation")
         robust = metrics.correct(model, images, attack, key, options.batch_size)
         results[name] = {
             "settings": dataclasses.asdict(attack),

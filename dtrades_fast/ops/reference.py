@@ -53,11 +53,20 @@ def l2_norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(_pixels(x).double(), dim=1).to(compute_dtype(x.dtype))
 
 
+def _entropy(log_p: Tensor) -> Tensor:
+    return -_expected(log_p.exp(), log_p)
+
+
+def _entropy_grad(log_p: Tensor, entropy: Tensor) -> Tensor:
+    """``dH/dz = -p (log p + H)``."""
+    p = log_p.exp()
+    return -p * torch.where(p != 0, log_p + entropy[:, None], 0)
+
+
 def entropy_kl(clean_logits: Tensor, adv_logits: Tensor) -> tuple[Tensor, Tensor]:
     log_p, log_q = _wide(clean_logits).log_softmax(-1), _wide(adv_logits).log_softmax(-1)
-    p = log_p.exp()
-    kl = _expected(p, log_p - log_q)
-    return -_expected(p, log_p), torch.where(kl < 0, kl - kl.detach(), kl)  # rounding may not make it negative
+    kl = _expected(log_p.exp(), log_p - log_q)
+    return _entropy(log_p), torch.where(kl < 0, kl - kl.detach(), kl)  # rounding may not make it negative
 
 
 def entropy_kl_backward(
@@ -65,8 +74,8 @@ def entropy_kl_backward(
 ) -> tuple[Tensor, Tensor]:
     log_p, log_q = _wide(clean_logits).log_softmax(-1), _wide(adv_logits).log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
-    entropy, kl = -_expected(p, log_p), _expected(p, log_p - log_q)
-    d_entropy = -p * torch.where(p != 0, log_p + entropy[:, None], 0)
+    d_entropy = _entropy_grad(log_p, _entropy(log_p))
+    kl = _expected(p, log_p - log_q)
     d_kl = p * torch.where(p != 0, log_p - log_q - kl[:, None], 0)
     grad_clean = grad_entropy[:, None] * d_entropy + grad_kl[:, None] * d_kl
     return grad_clean.to(clean_logits.dtype), (grad_kl[:, None] * (q - p)).to(adv_logits.dtype)
@@ -105,8 +114,7 @@ def lambda_x(
     clean_logits: Tensor, grad: Tensor, alpha: float, beta: float, base: float, minimum: float, maximum: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     log_p = _wide(clean_logits).log_softmax(-1)
-    entropy = -_expected(log_p.exp(), log_p)
-    sensitivity = l2_norm(grad)
+    entropy, sensitivity = _entropy(log_p), l2_norm(grad)
     value = (base + alpha * entropy + beta * sensitivity).clamp(minimum, maximum)
     return value, entropy, sensitivity
 
@@ -120,14 +128,12 @@ def lambda_x_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     alpha, beta, base, minimum, maximum = settings
     log_p = _wide(clean_logits).log_softmax(-1)
-    p = log_p.exp()
-    entropy, sensitivity = -_expected(p, log_p), l2_norm(grad)
+    entropy, sensitivity = _entropy(log_p), l2_norm(grad)
     value = base + alpha * entropy + beta * sensitivity
     inside = torch.where((value >= minimum) & (value <= maximum), grad_value, 0)
     d_logits, d_grad = None, None
     if wanted[0]:
-        d_entropy = -p * torch.where(p != 0, log_p + entropy[:, None], 0)
-        d_logits = ((alpha * inside)[:, None] * d_entropy).to(clean_logits.dtype)
+        d_logits = ((alpha * inside)[:, None] * _entropy_grad(log_p, entropy)).to(clean_logits.dtype)
     if wanted[1]:
         scale = torch.where(sensitivity == 0, 0, beta * inside / sensitivity)
         d_grad = (_per_sample(scale, grad) * _wide(grad)).to(grad.dtype)
