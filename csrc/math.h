@@ -106,6 +106,26 @@ DTF_INLINE EntropyKLGrad<V> kl_grad(V p, V log_p, V log_q, V kl) {
   return {weighted(p, log_p - log_q - kl), exp(log_q) - p};
 }
 
+// All of the gradient of one class of one row: grad_entropy and grad_kl are what comes in from the two results, each
+// only where it is wanted.
+template <typename V>
+struct EntropyKLGradTerms {
+  V grad_entropy, grad_kl, entropy, kl;
+  Normaliser<V> clean, adv;
+  bool has_entropy, has_kl;
+
+  DTF_INLINE EntropyKLGrad<V> operator()(V clean_logit, V adv_logit) const {
+    V log_p = clean.log_prob(clean_logit), p = exp(log_p);
+    EntropyKLGrad<V> total{V(0), V(0)};
+    if (has_kl) {
+      EntropyKLGrad<V> g = dtf::kl_grad(p, log_p, adv.log_prob(adv_logit), kl);
+      total = {grad_kl * g.clean, grad_kl * g.adv};
+    }
+    if (has_entropy) total.clean = total.clean + grad_entropy * dtf::entropy_grad(p, log_p, entropy);
+    return total;
+  }
+};
+
 // Entropy alone: sums over one row.
 template <typename V>
 struct EntropySums {
@@ -130,6 +150,30 @@ template <typename V>
 DTF_INLINE V logit_grad_ce(V exp_logit, V inverse_sum, V target) {
   return exp_logit * inverse_sum - target;
 }
+
+// MART's boosted cross-entropy, with k the most probable class other than y:
+//   BCE = -log p_y - log(1 - p_k + slack),   slack = 0 by default, 1e-4 as published
+// 1 - p_k = sum_{j != k} p_j comes from a normaliser of its own over the classes other than k, so that no digits are
+// lost where p_k is close to 1.
+template <typename V>
+struct BoostedCERow {
+  Normaliser<V> all, rest;  // over every class, over those other than k
+  V slack;
+
+  DTF_INLINE V log_rest() const { return (rest.maximum - all.maximum) + (rest.log_sum - all.log_sum); }
+  DTF_INLINE V loss(V label_logit) const {
+    V log_one_minus = log_rest();
+    V boost = select(slack == V(0), log_one_minus, log(exp(log_one_minus) + slack));
+    return -all.log_prob(label_logit) - boost;
+  }
+  // p_j - [j = y] + share p_k ([j = k] - [j != k] p_j / (1 - p_k)), share = (1 - p_k) / (1 - p_k + slack)
+  DTF_INLINE V grad(V logit, V boosted_prob, V is_label, V is_boosted) const {
+    V one_minus = exp(log_rest());
+    V share = select(slack == V(0), V(1), one_minus / (one_minus + slack));
+    V away = select(is_boosted == V(1), V(1), -exp(rest.log_prob(logit)));
+    return exp(all.log_prob(logit)) - is_label + share * boosted_prob * away;
+  }
+};
 
 // lambda(x) = clip(base + alpha H + beta ||g||, minimum, maximum)
 template <typename V>
@@ -200,6 +244,12 @@ DTF_INLINE void philox(Word (&c)[4], PhiloxKey key) {
     key.k0 += 0x9E3779B9u;
     key.k1 += 0xBB67AE85u;
   }
+}
+// The four words of a sample's stream number `draw` that elements 4 block .. 4 block + 3 use.
+DTF_INLINE void random_words(uint32_t (&words)[4], uint32_t block, uint32_t draw, int64_t index, uint64_t key) {
+  words[0] = block, words[1] = draw;
+  words[2] = static_cast<uint32_t>(index), words[3] = static_cast<uint32_t>(static_cast<uint64_t>(index) >> 32);
+  philox(words, {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)});
 }
 
 // From the upper 24 bits of a word, exact in float: U[-1, 1), U(0, 1], U[0, 1).

@@ -1,5 +1,4 @@
-#include "entropy_kl.h"
-
+#include "kernels.h"
 #include "rows.h"
 
 namespace dtf {
@@ -41,25 +40,6 @@ DTF_INLINE void forward(const EntropyKLForward<T>& k, int64_t begin, int64_t end
       });
 }
 
-// The gradients of one vector: of rows (everything per lane) or of classes (everything but z the same in all lanes).
-template <typename V>
-struct GradTerms {
-  V grad_entropy, grad_kl, entropy, kl;
-  Normaliser<V> clean, adv;
-  bool has_entropy, has_kl;
-
-  DTF_INLINE EntropyKLGrad<V> operator()(V clean_logit, V adv_logit) const {
-    V log_p = clean.log_prob(clean_logit), p = exp(log_p);
-    EntropyKLGrad<V> total{V(0), V(0)};
-    if (has_kl) {
-      EntropyKLGrad<V> g = kl_grad(p, log_p, adv.log_prob(adv_logit), kl);
-      total = {grad_kl * g.clean, grad_kl * g.adv};
-    }
-    if (has_entropy) total.clean = total.clean + grad_entropy * entropy_grad(p, log_p, entropy);
-    return total;
-  }
-};
-
 template <int Bytes, typename T>
 DTF_INLINE void backward(const EntropyKLBackward<T>& k, int64_t begin, int64_t end) {
   using A = Compute<T>;
@@ -74,7 +54,7 @@ DTF_INLINE void backward(const EntropyKLBackward<T>& k, int64_t begin, int64_t e
         RowBlock<A, L> n;
         n.read(k.normalisers + first * 4, count, 4);
         auto rows = [&](const A* values) DTF_LAMBDA_INLINE { return load_part<L>(values + first, count, A(0)); };
-        GradTerms<L> terms{has_entropy ? rows(k.grad_entropy) : L(0),
+        EntropyKLGradTerms<L> terms{has_entropy ? rows(k.grad_entropy) : L(0),
                            has_kl ? rows(k.grad_kl) : L(0),
                            rows(k.entropy),
                            rows(k.kl),
@@ -92,7 +72,7 @@ DTF_INLINE void backward(const EntropyKLBackward<T>& k, int64_t begin, int64_t e
       },
       [&](int64_t row) DTF_LAMBDA_INLINE {
         const A* n = k.normalisers + 4 * row;
-        GradTerms<L> terms{has_entropy ? L(k.grad_entropy[row]) : L(0),
+        EntropyKLGradTerms<L> terms{has_entropy ? L(k.grad_entropy[row]) : L(0),
                            has_kl ? L(k.grad_kl[row]) : L(0),
                            L(k.entropy[row]),
                            L(k.kl[row]),

@@ -1,7 +1,6 @@
-#include "logit_grad.h"
-
 #include <memory>
 
+#include "kernels.h"
 #include "rows.h"
 
 namespace dtf {

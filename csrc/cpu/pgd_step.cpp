@@ -1,6 +1,6 @@
 #include <memory>
 
-#include "pixels.h"
+#include "kernels.h"
 #include "reduce.h"
 
 namespace dtf {

@@ -1,6 +1,6 @@
 #include <memory>
 
-#include "pixels.h"
+#include "kernels.h"
 #include "reduce.h"
 #include "rows.h"
 
@@ -95,18 +95,17 @@ template <int Bytes, typename T>
 DTF_INLINE void start(const RandomStart<T>& k, int64_t begin, int64_t end) {
   using A = Compute<T>;
   using L = Lanes<A, Bytes>;
-  using Kind = typename RandomStart<T>::Kind;
   const L lower(k.lower), upper(k.upper);
   for (int64_t sample = begin; sample < end; ++sample) {
     const T* clean = k.clean + sample * k.size;
     T* out = k.start + sample * k.size;
     const int64_t index = k.index[sample];
-    if (k.kind == Kind::linf) {
+    if (k.kind == StartKind::linf) {
       const L radius(k.radius);
       for_draws<L, Bytes>(k.size, false, index, k.key, [&](int64_t i, L bits, auto part) DTF_LAMBDA_INLINE {
         part.store(out + i, clamp(part.load(clean + i, A(0)) + radius * uniform_symmetric(bits), lower, upper));
       });
-    } else if (k.kind == Kind::gaussian) {
+    } else if (k.kind == StartKind::gaussian) {
       const L radius(k.radius);
       for_draws<L, Bytes>(k.size, true, index, k.key, [&](int64_t i, L normal, auto part) DTF_LAMBDA_INLINE {
         part.store(out + i, part.load(clean + i, A(0)) + radius * normal);

@@ -1,4 +1,4 @@
-#include "pixels.h"
+#include "kernels.h"
 #include "reduce.h"
 
 namespace dtf {

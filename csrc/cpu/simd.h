@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "../math.h"
+#include "../types.h"
 #include "level.h"
 
 // For lambdas, which would otherwise not be compiled for the instruction set of the kernel around them.
@@ -20,13 +21,9 @@
 // Loops over the registers of a Lanes.
 #define DTF_EACH_PART(p) _Pragma("GCC unroll 4") for (int p = 0; p < parts; ++p)
 
-// A kernel is a struct of arguments `Kernel<T>` and a function body<Bytes>(kernel, begin, end) over a range of rows,
-// samples or elements; these make it callable as run(kernel, begin, end) for each dtype, compiled for every level.
-#define DTF_DECLARE_KERNEL(Kernel)                   \
-  void run(const Kernel<float>&, int64_t, int64_t);  \
-  void run(const Kernel<double>&, int64_t, int64_t); \
-  void run(const Kernel<Half>&, int64_t, int64_t);   \
-  void run(const Kernel<BFloat16>&, int64_t, int64_t)
+// A kernel is a struct of arguments `Kernel<T>` (arguments.h) and a function body<Bytes>(kernel, begin, end) over a
+// range of rows, samples or elements; these make it callable as run(kernel, begin, end) for each dtype, compiled for
+// every level.
 #if DTF_HAS_LEVELS
 #define DTF_DEFINE_KERNEL_FOR(Kernel, T, body, widest)                                                      \
   DTF_V4 static void body##_v4(const Kernel<T>& k, int64_t begin, int64_t end) { body<64>(k, begin, end); } \
@@ -57,26 +54,6 @@ constexpr int kRegisterBytes = 32;
 #else
 constexpr int kRegisterBytes = 16;
 #endif
-
-// Storage of half precision: the bits; all arithmetic happens in float.
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
-// The type that T is computed in.
-template <typename T>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <typename T>
-using Compute = typename ComputeOf<T>::type;
 
 template <typename T>
 struct IntOf;

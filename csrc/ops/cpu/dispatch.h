@@ -1,6 +1,7 @@
 // CPU kernels from tensors: dtype dispatch and threads.
 #pragma once
 
+#include "../../cpu/kernels.h"
 #include "../../cpu/simd.h"
 #include "../tensor.h"
 

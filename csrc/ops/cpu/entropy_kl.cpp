@@ -1,5 +1,3 @@
-#include "../../cpu/entropy_kl.h"
-
 #include "dispatch.h"
 
 namespace dtf {

@@ -1,5 +1,3 @@
-#include "../../cpu/logit_grad.h"
-
 #include "dispatch.h"
 
 namespace dtf {

@@ -1,4 +1,3 @@
-#include "../../cpu/pixels.h"
 #include "dispatch.h"
 
 namespace dtf {

@@ -1,4 +1,3 @@
-#include "../../cpu/pixels.h"
 #include "dispatch.h"
 
 namespace dtf {
@@ -12,8 +11,7 @@ Tensor random_start_cpu(Tensor clean, Tensor index, std::string kind, double rad
   Tensor source = as_contiguous(clean), start = new_like(source);
   index = as_contiguous(index);
   visit_dtype("clean", clean, [&]<typename T>() {
-    using Kind = typename RandomStart<T>::Kind;
-    const Kind chosen = kind == "linf" ? Kind::linf : kind == "l2" ? Kind::l2 : Kind::gaussian;
+    const StartKind chosen = kind == "linf" ? StartKind::linf : kind == "l2" ? StartKind::l2 : StartKind::gaussian;
     launch(RandomStart<T>{in<T>(source), in<int64_t>(index), out<T>(start), sample_size(clean), chosen, radius, lower,
                           upper, static_cast<uint64_t>(key)},
            clean.size(0), 4 * sample_size(clean));
