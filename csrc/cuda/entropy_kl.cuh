@@ -15,11 +15,10 @@ entropy_kl_forward(EntropyKLForward<T> k, int64_t rows) {
   const int classes = static_cast<int>(k.classes);
   for_rows<Shape>(rows, [&](int64_t row, bool valid) {
     const Row<T, Shape> clean(k.clean, row, classes, valid), adv(k.adv, row, classes, valid);
-    A maximum[2] = {clean.maximum(), adv.maximum()};
-    reduce<Shape::lanes>(maximum, Max{});
+    const A clean_max = over_classes<Shape>(classes, A(-INFINITY), clean, Max{});
+    const A adv_max = over_classes<Shape>(classes, A(-INFINITY), adv, Max{});
     EntropyKLSums<A> lane;
-    for_classes<Shape>(classes,
-                       [&](int c, int item) { lane.add(clean(c, item) - maximum[0], adv(c, item) - maximum[1]); });
+    for_classes<Shape>(classes, [&](int c, int item) { lane.add(clean(c, item) - clean_max, adv(c, item) - adv_max); });
     A sum[4] = {lane.exp_clean, lane.exp_adv, lane.clean_shift, lane.difference};
     reduce<Shape::lanes>(sum, Add{});
     const EntropyKLSums<A> sums{sum[0], sum[1], sum[2], sum[3]};
@@ -27,7 +26,7 @@ entropy_kl_forward(EntropyKLForward<T> k, int64_t rows) {
       k.entropy[row] = sums.entropy();
       k.kl[row] = sums.kl();
       A* n = k.normalisers + 4 * row;
-      n[0] = maximum[0], n[1] = log(sums.exp_clean), n[2] = maximum[1], n[3] = log(sums.exp_adv);
+      n[0] = clean_max, n[1] = log(sums.exp_clean), n[2] = adv_max, n[3] = log(sums.exp_adv);
     }
   });
 }

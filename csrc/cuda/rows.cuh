@@ -84,13 +84,27 @@ struct Row {
     if constexpr (Shape::items > 0) return value[item];
     return widen(source[c]);
   }
-  // Of this lane's classes.
-  DTF_DEVICE A maximum() const {
-    A m = A(-INFINITY);
-    for_classes<Shape>(classes, [&](int c, int item) { m = max(m, (*this)(c, item)); });
-    return m;
+  // Replaces what is in registers.
+  template <typename F>
+  DTF_DEVICE void map(F f) {
+    static_assert(Shape::items > 0);
+    for_classes<Shape>(classes, [&](int, int item) { value[item] = f(value[item]); });
   }
 };
+// f(c, item) of all lanes of the row, combined; each of them gets the result.
+template <typename Shape, typename A, typename F, typename Combine>
+DTF_DEVICE A over_classes(int classes, A nothing, F f, Combine combine) {
+  A x = nothing;
+  for_classes<Shape>(classes, [&](int c, int item) { x = combine(x, f(c, item)); });
+  return reduce<Shape::lanes>(x, combine);
+}
+
+// The label of a row, and what makes the results of a row with a wrong label show: NaN instead of x.
+DTF_DEVICE int64_t row_label(const int64_t* labels, int64_t row, bool valid) { return valid ? labels[row] : 0; }
+template <typename A>
+DTF_DEVICE A nan_unless_class(int64_t label, int classes, A x) {
+  return select(label < 0 || label >= classes, A(NAN), x);
+}
 
 // Writes f(c, item) to this lane's classes of a row.
 template <typename Shape, typename T, typename F>

@@ -1,0 +1,7 @@
+#include "boosted_ce.cuh"
+
+namespace dtf {
+
+DTF_DEFINE_CUDA_KERNEL(BoostedCE)
+
+}  // namespace dtf
