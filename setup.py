@@ -11,6 +11,14 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "_build"))
+import cuda  # noqa: E402
+
+CUDA_HOME = cuda.find_toolkit()
+if CUDA_HOME is not None:  # both are read when torch.utils.cpp_extension is imported
+    os.environ["CUDA_HOME"] = str(CUDA_HOME)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda.ARCHITECTURES)
+
 # The oldest torch whose stable ABI the extension uses, as 0xMMmmpp...: one build serves this and every later version.
 TORCH_TARGET_VERSION = "0x020d000000000000"
 PYTHON_LIMITED_API = "0x030A0000"
@@ -36,25 +44,47 @@ problems: dict[str, str] = {}
 def extensions() -> list:
     """The extension modules that this machine can try to build."""
     try:
+        import torch
         from torch.utils.cpp_extension import CppExtension
     except Exception as error:  # a broken torch raises more than ImportError
         problems["_C"] = f"torch could not be imported for the build: {error}"
         return []
-    sources = sorted(
-        str(path.relative_to(ROOT))
-        for path in [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/ops/*.cpp"), *ROOT.glob("csrc/ops/cpu/*.cpp")]
-    )
-    headers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))
-    return [
+    found = [
         CppExtension(
             "dtrades_fast._C",
-            sources,
-            depends=headers,
+            _sources("csrc/cpu/*.cpp", "csrc/ops/*.cpp", "csrc/ops/cpu/*.cpp"),
+            depends=_sources("csrc/**/*.h"),
             py_limited_api=True,
             extra_compile_args={"cxx": CXX_FLAGS},
             extra_link_args=LINK_FLAGS,
         )
     ]
+    if why := cuda.why_not(CUDA_HOME, torch.version.cuda):
+        problems["_C_cuda"] = why
+        return found
+    assert CUDA_HOME is not None
+    nvcc_flags = [*cuda.NVCC_FLAGS, "-Xcompiler=-fvisibility=hidden"]
+    if cuda.toolkit_version(CUDA_HOME) >= (12, 8):
+        nvcc_flags.append("--compress-mode=size")  # a fifth of the size
+    found.append(
+        # not CUDAExtension, which links what a torch without CUDA does not have
+        CppExtension(
+            "dtrades_fast._C_cuda",
+            _sources("csrc/cuda/*.cu", "csrc/ops/cuda/*.cpp"),
+            depends=_sources("csrc/**/*.h", "csrc/**/*.cuh"),
+            include_dirs=[str(CUDA_HOME / "include")],
+            library_dirs=[str(CUDA_HOME / lib) for lib in ("lib64", "lib") if (CUDA_HOME / lib).is_dir()],
+            libraries=["cudart"],
+            py_limited_api=True,
+            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": nvcc_flags},
+            extra_link_args=LINK_FLAGS,
+        )
+    )
+    return found
+
+
+def _sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
 def _torch_build_ext() -> type[Command]:
@@ -69,9 +99,9 @@ class OptionalBuildExt(_torch_build_ext()):  # type: ignore[misc]
     """Builds what compiles; a failure becomes a warning and a line in dtrades_fast/_build_info.py."""
 
     def run(self) -> None:
-        wanted = list(self.extensions)
+        wanted, compiler = list(self.extensions), self.compiler
         for extension in wanted:
-            self.extensions = [extension]
+            self.extensions, self.compiler = [extension], compiler  # run() replaces the compiler's name by the compiler
             try:
                 super().run()
             except (Exception, SystemExit) as error:

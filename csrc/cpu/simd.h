@@ -89,6 +89,11 @@ struct Lanes {
   DTF_INLINE void set(int i, T value) { part[i / part_width][i % part_width] = value; }
 };
 
+template <typename T, int B>
+struct ScalarOf<Lanes<T, B>> {
+  using type = T;
+};
+
 template <typename L, typename T>
 L load(const T* from);
 template <typename L, typename T>
@@ -161,9 +166,9 @@ DTF_INLINE Lanes<float, B> sqrt(Lanes<float, B> x) {
   return map_lanes(x, [](float v) DTF_LAMBDA_INLINE { return __builtin_sqrtf(v); });
 }
 // floor for 0 <= x < 2^31
-template <int B>
-DTF_INLINE Lanes<float, B> floor(Lanes<float, B> x) {
-  using L = Lanes<float, B>;
+template <typename T, int B>
+DTF_INLINE Lanes<T, B> floor(Lanes<T, B> x) {
+  using L = Lanes<T, B>;
   return map(x, [](auto v) DTF_LAMBDA_INLINE {
     return __builtin_convertvector(__builtin_convertvector(v, typename L::NativeMask), typename L::Native);
   });
@@ -214,15 +219,6 @@ DTF_INLINE Lanes<double, B> exp(Lanes<double, B> x) {
 template <int B>
 DTF_INLINE Lanes<double, B> log(Lanes<double, B> x) {
   return map_lanes(x, [](double v) DTF_LAMBDA_INLINE { return __builtin_log(v); });
-}
-template <int B>
-DTF_INLINE Pair<Lanes<float, B>> cossin_2pi(Lanes<float, B> u) {
-  return cossin_2pi_polynomial(u);
-}
-template <int B>
-DTF_INLINE Pair<Lanes<double, B>> cossin_2pi(Lanes<double, B> u) {
-  return {map_lanes(u, [](double v) DTF_LAMBDA_INLINE { return cossin_2pi(v).first; }),
-          map_lanes(u, [](double v) DTF_LAMBDA_INLINE { return cossin_2pi(v).second; })};
 }
 
 // Reductions over the lanes, always in the same order: halves, quarters, ...

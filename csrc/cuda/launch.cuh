@@ -7,16 +7,16 @@
 namespace dtf {
 
 constexpr int kWarp = 32;
-// Shared memory of a block that every GPU grants without being asked.
-constexpr int64_t kMaxSharedBytes = 48 * 1024;
+// Dynamic shared memory of a block: every GPU grants 48 KiB without being asked, of which reductions use some.
+constexpr int64_t kMaxSharedBytes = 47 * 1024;
 
 DTF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Enough blocks for `units` pieces of work, `per_block` each, but not more than the queue allows: the kernels stride
-// over what is left.
+// Enough blocks for `units` pieces of work, `per_block` each, but at least one and not more than the queue allows: the
+// kernels stride over what is left.
 inline int64_t grid_for(int64_t units, int64_t per_block, const Queue& queue) {
   const int64_t blocks = ceil_div(units, per_block);
-  return blocks < queue.max_blocks ? blocks : queue.max_blocks;
+  return blocks < 1 ? 1 : blocks < queue.max_blocks ? blocks : queue.max_blocks;
 }
 
 // Defines launch() of a kernel whose enqueue(arguments, count, queue) picks geometry and template parameters.

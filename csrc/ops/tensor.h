@@ -1,4 +1,4 @@
-// What the operators of every device share: tensors of the stable ABI, layouts, dispatch on the dtype.
+// What the operators share: tensors of the stable ABI, checks, layouts, dispatch on the dtype.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <optional>
 #include <vector>
+
+#include "../arguments.h"
 
 namespace dtf {
 
@@ -27,17 +29,53 @@ inline Tensor new_like(const Tensor& like) { return torch::stable::empty_like(li
 
 inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
+inline void check_device(const char* name, const Tensor& x, const Tensor& other) {
+  STD_TORCH_CHECK(x.is_cuda() == other.is_cuda() && x.get_device_index() == other.get_device_index(), name,
+                  " must be on the device of the other arguments");
+}
 inline void check_same(const char* name, const Tensor& x, const Tensor& other) {
+  check_device(name, x, other);
   STD_TORCH_CHECK(x.scalar_type() == other.scalar_type(), name, ": dtypes differ");
   STD_TORCH_CHECK(x.sizes().equals(other.sizes()), name, ": shapes differ");
 }
 inline void check_logits(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, name, " must have shape [N, C] with C >= 1");
+  STD_TORCH_CHECK(x.size(1) < INT32_MAX, name, " must have fewer than 2^31 classes");
 }
 inline void check_rows(const char* name, const Tensor& x, const Tensor& per_row, ScalarType dtype) {
+  check_device(name, x, per_row);
   STD_TORCH_CHECK(x.scalar_type() == dtype, name, " has the wrong dtype");
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(0) == per_row.size(0), name, " must have one entry per sample");
 }
+
+// Calls f.operator()<T>() with the storage type of the tensor.
+template <typename F>
+auto visit_dtype(const char* name, const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return f.template operator()<float>();
+    case ScalarType::Double:
+      return f.template operator()<double>();
+    case ScalarType::Half:
+      return f.template operator()<Half>();
+    case ScalarType::BFloat16:
+      return f.template operator()<BFloat16>();
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, float16 or bfloat16");
+  }
+}
+
+template <typename T>
+const T* in(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+template <typename T>
+T* out(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// How a device may split the work of a kernel: anywhere, or only where full vectors of elements end.
+enum class Split { anywhere, at_vectors };
 
 inline int64_t sample_size(const Tensor& x) {
   int64_t size = 1;

@@ -1,36 +1,8 @@
-#include "dispatch.h"
+#include "../logit_grad.h"
 
-namespace dtf {
-namespace {
-
-Tensor logit_grad_kl_cpu(Tensor adv, Tensor clean_log_probs) {
-  check_logits("adv", adv);
-  check_same("clean_log_probs", clean_log_probs, adv);
-  adv = as_contiguous(adv), clean_log_probs = as_contiguous(clean_log_probs);
-  Tensor grad = new_like(adv);
-  visit_dtype("adv", adv, [&]<typename T>() {
-    launch(LogitGradKL<T>{in<T>(adv), in<T>(clean_log_probs), out<T>(grad), adv.size(1)}, adv.size(0), adv.size(1),
-           Lanes<Compute<T>>::width);
-  });
-  return grad;
-}
-
-Tensor logit_grad_ce_cpu(Tensor logits, Tensor labels) {
-  check_logits("logits", logits);
-  check_rows("labels", labels, logits, ScalarType::Long);
-  logits = as_contiguous(logits), labels = as_contiguous(labels);
-  Tensor grad = new_like(logits);
-  visit_dtype("logits", logits, [&]<typename T>() {
-    launch(LogitGradCE<T>{in<T>(logits), in<int64_t>(labels), out<T>(grad), logits.size(1)}, logits.size(0),
-           logits.size(1), Lanes<Compute<T>>::width);
-  });
-  return grad;
-}
-
-}  // namespace
-}  // namespace dtf
+#include "device.h"
 
 STABLE_TORCH_LIBRARY_IMPL(dtrades_fast, CPU, m) {
-  m.impl("logit_grad_kl", TORCH_BOX(&dtf::logit_grad_kl_cpu));
-  m.impl("logit_grad_ce", TORCH_BOX(&dtf::logit_grad_ce_cpu));
+  m.impl("logit_grad_kl", TORCH_BOX(&dtf::logit_grad_kl<dtf::CPU>));
+  m.impl("logit_grad_ce", TORCH_BOX(&dtf::logit_grad_ce<dtf::CPU>));
 }

@@ -1,0 +1,7 @@
+#include "sample_stats.cuh"
+
+namespace dtf {
+
+DTF_DEFINE_CUDA_KERNEL(SampleStats)
+
+}  // namespace dtf

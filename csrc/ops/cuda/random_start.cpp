@@ -1,0 +1,5 @@
+#include "../random_start.h"
+
+#include "device.h"
+
+STABLE_TORCH_LIBRARY_IMPL(dtrades_fast, CUDA, m) { m.impl("random_start", TORCH_BOX(&dtf::random_start<dtf::CUDA>)); }
