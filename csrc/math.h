@@ -158,27 +158,31 @@ DTF_INLINE V logit_grad_ce(V exp_logit, V inverse_sum, V target) {
   return exp_logit * inverse_sum - target;
 }
 
-// MART's boosted cross-entropy, with k the most probable class other than y:
+// MART's boosted cross-entropy, with k the most probable class other than y (the first of equals; none if C = 1):
 //   BCE = -log p_y - log(1 - p_k + slack),   slack = 0 by default, 1e-4 as published
 // 1 - p_k = sum_{j != k} p_j comes from a normaliser of its own over the classes other than k, so that no digits are
-// lost where p_k is close to 1.
+// lost where p_k is close to 1. If each of them has the logit -inf, 1 - p_k = 0, and the second term has no gradient.
 template <typename V>
 struct BoostedCERow {
   Normaliser<V> all, rest;  // over every class, over those other than k
   V slack;
 
-  DTF_INLINE V log_rest() const { return (rest.maximum - all.maximum) + (rest.log_sum - all.log_sum); }
+  V log_one_minus =
+      select(rest.maximum == V(-INFINITY), rest.maximum, (rest.maximum - all.maximum) + (rest.log_sum - all.log_sum));
+  // (1 - p_k) / (1 - p_k + slack): what is left of the second term's gradient
+  V share = select(rest.maximum == V(-INFINITY), V(0),
+                   select(slack == V(0), V(1), exp(log_one_minus) / (exp(log_one_minus) + slack)));
+
   DTF_INLINE V loss(V label_logit) const {
-    V log_one_minus = log_rest();
     V boost = select(slack == V(0), log_one_minus, log(exp(log_one_minus) + slack));
     return -all.log_prob(label_logit) - boost;
   }
-  // p_j - [j = y] + share p_k ([j = k] - [j != k] p_j / (1 - p_k)), share = (1 - p_k) / (1 - p_k + slack)
+  // With r_j = p_j / (1 - p_k), the probability of j among the classes other than k:
+  //   p_k + share p_k for j = k,   p_j - [j = y] - share p_k r_j for the others
   DTF_INLINE V grad(V logit, V boosted_prob, V is_label, V is_boosted) const {
-    V one_minus = exp(log_rest());
-    V share = select(slack == V(0), V(1), one_minus / (one_minus + slack));
-    V away = select(is_boosted == V(1), V(1), -exp(rest.log_prob(logit)));
-    return exp(all.log_prob(logit)) - is_label + share * boosted_prob * away;
+    V boost = share * boosted_prob;
+    V others = weighted(exp(log_one_minus) - boost, exp(rest.log_prob(logit))) - is_label;
+    return select(is_boosted == V(1), boosted_prob + boost, others);
   }
 };
 

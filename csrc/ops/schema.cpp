@@ -12,6 +12,8 @@ STABLE_TORCH_LIBRARY(dtrades_fast, m) {
   // softmax(z') - exp(log p), softmax(z) - onehot(y): [N, C]
   m.def("logit_grad_kl(Tensor adv, Tensor clean_log_probs) -> Tensor");
   m.def("logit_grad_ce(Tensor logits, Tensor labels) -> Tensor");
+  // -log p_y - log(1 - p_k + slack) [N], k the most probable class other than y, and its gradient [N, C]
+  m.def("boosted_ce(Tensor logits, Tensor labels, float slack) -> (Tensor loss, Tensor grad)");
   // ||g||_2, ||g||_1, ||g||_inf, sum_i max(g_i (hi_i - x'_i), g_i (lo_i - x'_i)): [N] each
   m.def(
       "sample_stats(Tensor grad, Tensor adv, Tensor clean, float epsilon, float lower, float upper) -> "
