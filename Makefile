@@ -9,10 +9,10 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 BUILD := setup.py pyproject.toml constraints.txt $(wildcard _build/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench wheel clean
+.PHONY: help install demo test mutants gpu-evidence gpu-check check format bench wheel clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,6 +36,15 @@ demo: $(VENV)/.torch  ## train D-TRADES on 5,000 real digits, evaluate it beside
 
 test: $(VENV)/.installed  ## the whole test suite
 	$(BIN)/python -m pytest
+
+mutants: $(VENV)/.installed  ## every planted bug and mutant of the kernels, not the sample that `make test` takes
+	$(BIN)/python -m pytest -s --all-mutants tests/mutants tests/simt/test_planted_bugs.py tests/ptx
+
+gpu-evidence: $(VENV)/.installed  ## regenerate docs/gpu-evidence.md: what is known of the CUDA kernels without a GPU
+	$(BIN)/python tests/ptx/evidence.py
+
+gpu-check: $(VENV)/.installed  ## on a machine with a GPU: everything that only a GPU can show, in one report
+	$(BIN)/python scripts/gpu_check.py
 
 check: $(VENV)/.installed  ## lint, format and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .

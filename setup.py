@@ -37,6 +37,7 @@ CXX_FLAGS = [
     f"-DPy_LIMITED_API={PYTHON_LIMITED_API}",
 ]
 LINK_FLAGS = ["-Wl,-s"] if sys.platform.startswith("linux") else []  # no symbols: a third of the size
+SERVES = {"_C": "all", "_C_cuda": "CUDA"}
 #: module -> why it was left out; written into the package for 'dtrades-fast doctor'
 problems: dict[str, str] = {}
 
@@ -99,16 +100,17 @@ class OptionalBuildExt(_torch_build_ext()):  # type: ignore[misc]
     """Builds what compiles; a failure becomes a warning and a line in dtrades_fast/_build_info.py."""
 
     def run(self) -> None:
-        wanted, compiler = list(self.extensions), self.compiler
+        wanted, compiler, inplace = list(self.extensions), self.compiler, self.inplace
         for extension in wanted:
-            self.extensions, self.compiler = [extension], compiler  # run() replaces the compiler's name by the compiler
+            # run() puts the compiler in place of its name, and leaves inplace changed when it fails
+            self.extensions, self.compiler, self.inplace = [extension], compiler, inplace
             try:
                 super().run()
             except (Exception, SystemExit) as error:
                 name = extension.name.rsplit(".", 1)[1]
                 problems[name] = f"compiling it failed: {_first_error(error)}"
                 wanted = [other for other in wanted if other is not extension]
-        self.extensions = wanted
+        self.extensions, self.inplace = wanted, inplace
         _warn()
         if not self.inplace and not self.editable_mode:
             _write_build_info(Path(self.build_lib))
@@ -135,8 +137,8 @@ def _first_error(error: BaseException) -> str:
 def _warn() -> None:
     for name, why in problems.items():
         print(
-            f"WARNING: dtrades_fast.{name} was not built ({why}). dtrades_fast is installed and works on its "
-            "pure-PyTorch operators; 'dtrades-fast doctor' shows this again.",
+            f"WARNING: dtrades_fast.{name} was not built ({why}). dtrades_fast is installed and works; pure-PyTorch "
+            f"operators serve {SERVES[name]} tensors. 'dtrades-fast doctor' shows this again.",
             file=sys.stderr,
         )
 

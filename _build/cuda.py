@@ -1,4 +1,7 @@
-"""Finds a CUDA toolkit that can compile the kernels. Whether there is a GPU plays no part."""
+"""Finds a CUDA toolkit that can compile the kernels. Whether there is a GPU plays no part.
+
+``USE_CUDA=0`` leaves the CUDA kernels out; ``FORCE_CUDA=1`` compiles them for a torch without CUDA, or of another one.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 ARCHITECTURES = "7.5;8.0;8.6;9.0+PTX"
 #: Without contraction of a * b + c, so that elementwise kernels give the bits of the CPU's.
 NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false"]
+USUAL_HOMES = ("/usr/local/cuda", "/opt/cuda")
 
 
 def find_toolkit() -> Path | None:
@@ -22,8 +26,7 @@ def find_toolkit() -> Path | None:
     on_path = shutil.which("nvcc")
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     candidates += [str(Path(on_path).resolve().parents[1])] if on_path else []
-    candidates += ["/usr/local/cuda", "/opt/cuda"]
-    for home in map(Path, filter(None, candidates)):
+    for home in map(Path, filter(None, [*candidates, *USUAL_HOMES])):
         if (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_runtime.h").is_file():
             return home
     return None
@@ -40,8 +43,10 @@ def toolkit_version(home: Path) -> tuple[int, int]:
 
 def why_not(home: Path | None, torch_cuda: str | None) -> str | None:
     """Why the CUDA kernels are not compiled for a torch built with CUDA ``torch_cuda``; None if they are."""
+    if os.environ.get("USE_CUDA") == "0":
+        return "USE_CUDA=0"
     if home is None:
-        return "no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) in CUDA_HOME, beside the nvcc on PATH or in /usr/local/cuda"
+        return "no CUDA toolkit (bin/nvcc and include/cuda_runtime.h) in CUDA_HOME, beside nvcc or in /usr/local/cuda"
     forced = os.environ.get("FORCE_CUDA", "0") not in ("", "0")
     if torch_cuda is None:
         return None if forced else "the installed torch has no CUDA (FORCE_CUDA=1 compiles the kernels all the same)"

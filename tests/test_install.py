@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "_build", "csrc", "dtrades_fast")
@@ -91,13 +92,33 @@ def test_wheel_has_the_kernels_and_they_serve(wheel: tuple[Path, str]) -> None:
     assert str(wheel[0]) in result.stdout
 
 
-def test_wheel_is_for_any_python_and_uses_the_stable_abi_only(wheel: tuple[Path, str]) -> None:
+def test_wheel_has_the_cuda_kernels_where_there_is_a_toolkit(wheel: tuple[Path, str], toolkit) -> None:
+    module = wheel[0] / "dtrades_fast" / "_C_cuda.abi3.so"
+    if why := toolkit.why_not(toolkit.find_toolkit(), torch.version.cuda):
+        assert not module.exists()
+        pytest.skip(f"the CUDA kernels are not compiled here: {why}")
+    operators = re.findall(r"m\.def\(\s*\"(\w+)\(", (ROOT / "csrc" / "ops" / "schema.cpp").read_text())
+    on_devices = [name for name in operators if name != "simd_level"]
+    assert len(on_devices) >= 9
+    result = python(
+        wheel[0],
+        "import torch; from dtrades_fast import ops; has = torch._C._dispatch_has_kernel_for_dispatch_key; "
+        f"print(sorted(ops.BACKEND.devices), [n for n in {on_devices} if not has('dtrades_fast::' + n, 'CUDA')])",
+    )
+    assert result.stdout.strip() == "['cpu', 'cuda'] []", result.stderr
+    assert module.stat().st_size < 8e6
+
+
+@pytest.mark.parametrize("library", ["_C", "_C_cuda"])
+def test_wheel_is_for_any_python_and_uses_the_stable_abi_only(wheel: tuple[Path, str], library: str) -> None:
     (name,) = (path.name for path in wheel[0].parent.glob("*.whl"))
     assert "-cp310-abi3-" in name
+    path = wheel[0] / "dtrades_fast" / f"{library}.abi3.so"
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
-    library = wheel[0] / "dtrades_fast" / "_C.abi3.so"
-    symbols = subprocess.run(["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True)
+    if library == "_C_cuda" and not path.exists():
+        pytest.skip("the CUDA kernels are not compiled here")
+    symbols = subprocess.run(["nm", "-DC", "--undefined-only", path], capture_output=True, text=True, check=True)
     assert "aoti_torch" in symbols.stdout
     assert not re.search(r"\b(at|c10)::", symbols.stdout)
 
@@ -110,6 +131,105 @@ def test_broken_compiler_leaves_a_working_package(tree: Path, tmp_path: Path) ->
     assert result.stdout.startswith("reference 0.0"), result.stderr
     assert result.stderr.count("RuntimeWarning") == 1
     assert "compiling it failed" in result.stderr
+
+
+def test_broken_cuda_compiler_leaves_the_cpu_kernels(tree: Path, tmp_path: Path, toolkit) -> None:
+    home = fake_toolkit(tmp_path / "cuda", torch.version.cuda or "13.0")
+    path, log = build(tree, tmp_path / "wheel", CUDA_HOME=str(home), FORCE_CUDA="1", USE_CUDA="1")
+    assert "WARNING: dtrades_fast._C_cuda was not built (compiling it failed" in log
+    assert "pure-PyTorch operators serve CUDA tensors" in log
+    assert [library.name for library in path.glob("dtrades_fast/*.so")] == ["_C.abi3.so"]
+    result = python(path, USE + "; print(ops.BACKEND.problems['_C_cuda'])")
+    assert result.stdout.startswith("cpp 0.0"), result.stderr
+    assert "compiling it failed" in result.stdout
+    assert "RuntimeWarning" not in result.stderr
+
+
+# ---- the CUDA toolkit ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toolkit():
+    """The build's module that looks for one."""
+    spec = importlib.util.spec_from_file_location("toolkit_under_test", ROOT / "_build" / "cuda.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fake_toolkit(home: Path, version: str) -> Path:
+    """A toolkit whose nvcc knows its version and compiles nothing."""
+    (home / "bin").mkdir(parents=True)
+    (home / "include").mkdir()
+    (home / "include" / "cuda_runtime.h").touch()
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(
+        f'#!/bin/sh\ntest "$1" = --version && echo "Cuda compilation tools, release {version}, V{version}.1"\n'
+    )
+    nvcc.chmod(0o755)
+    return home
+
+
+@pytest.fixture
+def no_toolkit(toolkit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Neither variables nor the usual places name a toolkit."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "USE_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(toolkit, "USUAL_HOMES", ())
+    return toolkit
+
+
+def test_toolkit_is_found_by_variable_and_path_but_not_through_a_wrapper(no_toolkit, tmp_path, monkeypatch) -> None:
+    assert no_toolkit.find_toolkit() is None
+    wrapper = tmp_path / "nvcc"  # its folder's parent is no toolkit
+    wrapper.write_text("#!/bin/sh\n")
+    wrapper.chmod(0o755)
+    assert no_toolkit.find_toolkit() is None
+    home = fake_toolkit(tmp_path / "cuda-13", "13.0")
+    monkeypatch.setattr(no_toolkit, "USUAL_HOMES", (str(home),))
+    assert no_toolkit.find_toolkit() == home
+    monkeypatch.setattr(no_toolkit, "USUAL_HOMES", ())
+    monkeypatch.setenv("PATH", str(home / "bin"))
+    assert no_toolkit.find_toolkit() == home
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))  # without bin/nvcc: not taken
+    assert no_toolkit.find_toolkit() is None
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    assert no_toolkit.find_toolkit() == home
+    (home / "include" / "cuda_runtime.h").unlink()
+    assert no_toolkit.find_toolkit() is None
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "environment", "why"),
+    [
+        ("13.0", {}, None),
+        ("13.2", {}, None),
+        ("12.8", {}, "is CUDA 13.0, but the installed torch was built with CUDA 12.8"),
+        ("12.8", {"FORCE_CUDA": "1"}, None),
+        (None, {}, "the installed torch has no CUDA"),
+        (None, {"FORCE_CUDA": "0"}, "the installed torch has no CUDA"),
+        (None, {"FORCE_CUDA": "1"}, None),
+        ("13.0", {"USE_CUDA": "0"}, "USE_CUDA=0"),
+        ("13.0", {"USE_CUDA": "0", "FORCE_CUDA": "1"}, "USE_CUDA=0"),
+    ],
+)
+def test_which_toolkit_compiles_for_which_torch(
+    torch_cuda, environment, why, no_toolkit, tmp_path, monkeypatch
+) -> None:
+    home = fake_toolkit(tmp_path / "cuda", "13.0")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = no_toolkit.why_not(home, torch_cuda)
+    assert found is None if why is None else why in found
+    if "USE_CUDA" not in environment:
+        assert "no CUDA toolkit" in no_toolkit.why_not(None, torch_cuda)
+
+
+# ---- the backend -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -71,6 +71,13 @@ def _load() -> Backend:
                 problems[module] = _build_problem(module)
             except (ImportError, OSError) as failure:
                 problems[module] = f"compiled, but does not load with torch {torch.__version__}: {failure}"
+                if module != "_C":  # without _C there is a warning below
+                    warnings.warn(
+                        f"dtrades_fast.{module} does not load, so pure-PyTorch operators serve {device} tensors (same "
+                        f"results, slower): {failure}",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
             if module == "_C" and device not in devices:  # the schemas live there
                 break
     error = None

@@ -156,6 +156,15 @@ def test_cuda_module_serves_cuda(load):
     assert load("auto", _C=None, _C_cuda=None).devices == {"cpu", "cuda"}
 
 
+def test_cuda_module_that_does_not_load_leaves_the_cpu_kernels(load):
+    broken = ImportError("libcudart.so.13: cannot open shared object file")
+    with pytest.warns(RuntimeWarning, match=r"_C_cuda does not load.* cuda tensors.*libcudart\.so\.13") as caught:
+        backend = load("auto", _C=None, _C_cuda=broken)
+    assert len(caught) == 1
+    assert (backend.name, backend.devices, backend.error) == ("cpp", {"cpu"}, None)
+    assert str(broken) in backend.problems["_C_cuda"]
+
+
 def test_module_that_does_not_load_is_named_with_its_reason(load):
     broken = ImportError("_C.abi3.so: undefined symbol: aoti_torch_something")
     with pytest.warns(RuntimeWarning, match="reference operators") as caught:
