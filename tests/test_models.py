@@ -53,12 +53,17 @@ def test_logits_and_gradients_at_every_shape(arch, channels, size, width):
 
 @pytest.mark.parametrize("arch", models.names())
 def test_width_scales_every_layer_and_none_is_the_published_width(arch):
-    published = {"resnet18": 64, "vgg16": 64, "smallcnn": 32}[arch]
+    published = {"resnet18": 64, "preactresnet18": 64, "vgg16": 64, "smallcnn": 32, "wrn34_10": 160}[arch]
     assert shapes(make(arch, width=None).state_dict()) == shapes(make(arch, width=published).state_dict())
     first = [next(p for p in make(arch, width=width).parameters()).shape[0] for width in (8, 16)]
     assert first == [8, 16]
     ratio = models.parameter_count(make(arch, width=32)) / models.parameter_count(make(arch, width=16))
     assert 3.5 < ratio < 4.1  # quadratic in the width
+
+
+def test_wide_networks_have_the_published_parameter_counts():
+    assert models.parameter_count(make("preactresnet18", width=None)) == 11_172_170  # 11,171,146 and the last BatchNorm
+    assert models.parameter_count(make("wrn34_10", width=None)) == 46_160_474  # Zagoruyko and Komodakis: 46.2 M
 
 
 def test_resnet18_is_torchvisions_but_for_stem_and_head():
@@ -130,7 +135,7 @@ def test_no_normalisation_leaves_every_bit():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arch": "resnet19"}, "unknown architecture 'resnet19'; known are resnet18, smallcnn, vgg16"),
+        ({"arch": "resnet19"}, "unknown architecture 'resnet19'; known are preactresnet18, resnet18, smallcnn, vgg16, wrn34_10"),
         ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
         ({"in_channels": 2}, "in_channels must be 1 .* or 3 .*, got 2"),
         ({"image_size": 8}, "image_size must be at least 16 pixels, got 8"),

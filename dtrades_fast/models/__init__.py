@@ -7,16 +7,20 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from dtrades_fast.models.normalize import Classifier, Normalize
+from dtrades_fast.models.preactresnet18 import PreActResNet18
 from dtrades_fast.models.resnet18 import ResNet18
 from dtrades_fast.models.smallcnn import SmallCNN
 from dtrades_fast.models.vgg16 import VGG16
+from dtrades_fast.models.wrn34_10 import WRN34x10
 
 __all__ = ["Classifier", "Normalize", "create", "names", "parameter_count"]
 
 _NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "preactresnet18": PreActResNet18,
     "resnet18": ResNet18,
     "smallcnn": SmallCNN,
     "vgg16": VGG16,
+    "wrn34_10": WRN34x10,
 }
 _MIN_IMAGE_SIZE = 16  # below it the small CNN has no pixel left after its convolutions
 
@@ -45,7 +49,8 @@ def create(
         num_classes: number of logits, at least 2.
         in_channels: 1 or 3.
         image_size: height and width in pixels, at least 16.
-        width: channels of the first stage; ``None`` is the published width (64, for ``smallcnn`` 32).
+        width: channels of the first stage; ``None`` is the published width (64, for ``smallcnn``
+            32, for ``wrn34_10`` 160).
         mean: subtracted per channel inside the model; all 0 for no normalisation.
         std: divided by per channel inside the model; all 1 for no normalisation.
 
