@@ -11,20 +11,38 @@ namespace dtf {
 
 constexpr int64_t kMaxClassesLaneIsRow = 64;
 
+// Lanes index... of the concatenation of a and b.
+#if defined(__clang__) || __GNUC__ >= 12
+#define DTF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // GCC 11 has no such builtin
+#define DTF_SHUFFLE(a, b, ...) shuffle_lanes<__VA_ARGS__>(a, b)
+template <int... index, typename Native>
+DTF_INLINE auto shuffle_lanes(Native a, Native b) {
+  using Result [[gnu::vector_size(sizeof...(index) * sizeof(a[0]))]] = float;
+  if constexpr (sizeof(Result) == sizeof(Native)) {
+    using Index [[gnu::vector_size(sizeof(Native))]] = int32_t;
+    return __builtin_shuffle(a, b, Index{index...});
+  } else {
+    constexpr int lanes = sizeof(Native) / sizeof(a[0]);
+    return Result{(index < lanes ? a[index % lanes] : b[index % lanes])...};
+  }
+}
+#endif
+
 // Transposes 4x4 floats within each 16 bytes of four registers.
 template <typename Native, int... I>
 DTF_INLINE void transpose_4x4(Native (&r)[4], std::integer_sequence<int, I...>) {
   constexpr int width = sizeof...(I);
   // lane I of the result: from the first register where I is even, from the second where it is odd
-  Native low01 = __builtin_shufflevector(r[0], r[1], (I / 4 * 4 + I % 4 / 2 + I % 2 * width)...);
-  Native low23 = __builtin_shufflevector(r[2], r[3], (I / 4 * 4 + I % 4 / 2 + I % 2 * width)...);
-  Native high01 = __builtin_shufflevector(r[0], r[1], (I / 4 * 4 + I % 4 / 2 + I % 2 * width + 2)...);
-  Native high23 = __builtin_shufflevector(r[2], r[3], (I / 4 * 4 + I % 4 / 2 + I % 2 * width + 2)...);
+  Native low01 = DTF_SHUFFLE(r[0], r[1], (I / 4 * 4 + I % 4 / 2 + I % 2 * width)...);
+  Native low23 = DTF_SHUFFLE(r[2], r[3], (I / 4 * 4 + I % 4 / 2 + I % 2 * width)...);
+  Native high01 = DTF_SHUFFLE(r[0], r[1], (I / 4 * 4 + I % 4 / 2 + I % 2 * width + 2)...);
+  Native high23 = DTF_SHUFFLE(r[2], r[3], (I / 4 * 4 + I % 4 / 2 + I % 2 * width + 2)...);
   // the first or the second half of each 16 bytes, from both registers
-  r[0] = __builtin_shufflevector(low01, low23, (I / 4 * 4 + I % 2 + I % 4 / 2 * width)...);
-  r[1] = __builtin_shufflevector(low01, low23, (I / 4 * 4 + I % 2 + I % 4 / 2 * width + 2)...);
-  r[2] = __builtin_shufflevector(high01, high23, (I / 4 * 4 + I % 2 + I % 4 / 2 * width)...);
-  r[3] = __builtin_shufflevector(high01, high23, (I / 4 * 4 + I % 2 + I % 4 / 2 * width + 2)...);
+  r[0] = DTF_SHUFFLE(low01, low23, (I / 4 * 4 + I % 2 + I % 4 / 2 * width)...);
+  r[1] = DTF_SHUFFLE(low01, low23, (I / 4 * 4 + I % 2 + I % 4 / 2 * width + 2)...);
+  r[2] = DTF_SHUFFLE(high01, high23, (I / 4 * 4 + I % 2 + I % 4 / 2 * width)...);
+  r[3] = DTF_SHUFFLE(high01, high23, (I / 4 * 4 + I % 2 + I % 4 / 2 * width + 2)...);
 }
 
 // Four floats from each of `fours` addresses, side by side in one register; and back.
@@ -36,12 +54,11 @@ DTF_INLINE auto gather(Address address) {
     std::memcpy(&x, address(0), sizeof x);
     return x;
   } else if constexpr (fours == 2) {
-    return __builtin_shufflevector(
-        gather<1>(address), gather<1>([&](int j) DTF_LAMBDA_INLINE { return address(j + 1); }), 0, 1, 2, 3, 4, 5, 6, 7);
+    return DTF_SHUFFLE(gather<1>(address), gather<1>([&](int j) DTF_LAMBDA_INLINE { return address(j + 1); }), 0, 1, 2,
+                       3, 4, 5, 6, 7);
   } else {
-    return __builtin_shufflevector(gather<2>(address),
-                                   gather<2>([&](int j) DTF_LAMBDA_INLINE { return address(j + 2); }), 0, 1, 2, 3, 4, 5,
-                                   6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return DTF_SHUFFLE(gather<2>(address), gather<2>([&](int j) DTF_LAMBDA_INLINE { return address(j + 2); }), 0, 1, 2,
+                       3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   }
 }
 
@@ -50,11 +67,11 @@ DTF_INLINE void scatter(Native x, Put put) {
   if constexpr (sizeof(Native) == 16) {
     put(0, x);
   } else {
-    put(0, __builtin_shufflevector(x, x, 0, 1, 2, 3));
-    put(1, __builtin_shufflevector(x, x, 4, 5, 6, 7));
+    put(0, DTF_SHUFFLE(x, x, 0, 1, 2, 3));
+    put(1, DTF_SHUFFLE(x, x, 4, 5, 6, 7));
     if constexpr (sizeof(Native) == 64) {
-      put(2, __builtin_shufflevector(x, x, 8, 9, 10, 11));
-      put(3, __builtin_shufflevector(x, x, 12, 13, 14, 15));
+      put(2, DTF_SHUFFLE(x, x, 8, 9, 10, 11));
+      put(3, DTF_SHUFFLE(x, x, 12, 13, 14, 15));
     }
   }
 }
