@@ -110,6 +110,15 @@ def logit_grad_ce(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
     yield Workload("logit_grad_ce", (logits, labels), reference.logit_grad_ce, ops.logit_grad_ce, moved, (0,))
 
 
+def boosted_ce(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Workload]:
+    logits = torch.randn(shape, device=device).to(dtype)
+    labels = torch.randint(0, shape[1], shape[:1], device=device)
+    rows = _row_bytes(logits, 1)
+    moved = {"forward": 2 * _bytes(logits) + _bytes(labels) + rows, "backward": 2 * _bytes(logits) + rows}
+    twin, ours = (functools.partial(f, slack=1e-4) for f in (reference.boosted_ce, ops.boosted_ce))
+    yield Workload("boosted_ce", (logits, labels), twin, ours, moved, (0,))
+
+
 def _attack_state(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(adv, grad, clean) in the middle of an attack."""
     clean = torch.rand(shape, device=device)
@@ -161,6 +170,7 @@ OPERATORS: dict[str, tuple[Make, Sequence[tuple[int, ...]]]] = {
     "entropy_kl": (entropy_kl, LOGITS),
     "logit_grad_kl": (logit_grad_kl, LOGITS),
     "logit_grad_ce": (logit_grad_ce, LOGITS),
+    "boosted_ce": (boosted_ce, LOGITS),
     "sample_stats": (sample_stats, IMAGES),
     "lambda_x": (lambda_x, IMAGES),
     "pgd_step_": (pgd_step_, IMAGES),
@@ -267,6 +277,8 @@ def _has_two_cpus() -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    if options.device.type == "cuda":
+        torch.cuda.set_device(options.device)  # events and streams are those of the current one
     # The graph is kept for repeated backward calls, so compiled code must not reuse its saved buffers.
     torch._functorch.config.donated_buffer = False
     started, rows, description = time.monotonic(), [], machine(options.device)

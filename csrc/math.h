@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #ifdef __CUDACC__
 #define DTF_INLINE __host__ __device__ __forceinline__
@@ -167,22 +168,23 @@ struct BoostedCERow {
   Normaliser<V> all, rest;  // over every class, over those other than k
   V slack;
 
-  V log_one_minus =
-      select(rest.maximum == V(-INFINITY), rest.maximum, (rest.maximum - all.maximum) + (rest.log_sum - all.log_sum));
-  // (1 - p_k) / (1 - p_k + slack): what is left of the second term's gradient
-  V share = select(rest.maximum == V(-INFINITY), V(0),
-                   select(slack == V(0), V(1), exp(log_one_minus) / (exp(log_one_minus) + slack)));
+  // rest, but where no class other than k is possible one that makes their probabilities 0 instead of NaN
+  Normaliser<V> other{max(rest.maximum, V(-std::numeric_limits<typename ScalarOf<V>::type>::max())),
+                      select(rest.maximum == V(-INFINITY), V(0), rest.log_sum)};
+  V log_one_minus = (other.maximum - all.maximum) + (other.log_sum - all.log_sum);
+  V one_minus = exp(log_one_minus);
+  // (1 - p_k) / (1 - p_k + slack): what slack leaves of the second term's gradient
+  V share = select(rest.maximum == V(-INFINITY), V(0), select(slack == V(0), V(1), one_minus / (one_minus + slack)));
 
   DTF_INLINE V loss(V label_logit) const {
-    V boost = select(slack == V(0), log_one_minus, log(exp(log_one_minus) + slack));
-    return -all.log_prob(label_logit) - boost;
+    return -all.log_prob(label_logit) - select(slack == V(0), log_one_minus, log(one_minus + slack));
   }
   // With r_j = p_j / (1 - p_k), the probability of j among the classes other than k:
-  //   p_k + share p_k for j = k,   p_j - [j = y] - share p_k r_j for the others
+  //   p_k + share p_k for j = k,   (1 - p_k - share p_k) r_j - [j = y] for the others
   DTF_INLINE V grad(V logit, V boosted_prob, V is_label, V is_boosted) const {
     V boost = share * boosted_prob;
-    V others = weighted(exp(log_one_minus) - boost, exp(rest.log_prob(logit))) - is_label;
-    return select(is_boosted == V(1), boosted_prob + boost, others);
+    V r = exp(other.log_prob(logit));
+    return select(is_boosted == V(1), boosted_prob + boost, (one_minus - boost) * r - is_label);
   }
 };
 

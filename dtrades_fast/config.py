@@ -44,8 +44,10 @@ class Model:
     """The network."""
 
     arch: str = "resnet18"
-    """Architecture: resnet18, smallcnn or vgg16."""
-    width: Annotated[int | None, option("INT", "Channels of the first stage.", "as published, 64; smallcnn 32")] = None
+    """Architecture: preactresnet18, resnet18, smallcnn, vgg16 or wrn34_10."""
+    width: Annotated[
+        int | None, option("INT", "Channels of the first stage.", "as published, 64; smallcnn 32, wrn34_10 160")
+    ] = None
     init_weights: Annotated[
         str | None,
         option(
@@ -123,8 +125,9 @@ class Optimization:
         ),
     ] = None
     clip_norm: Annotated[float | None, option("FLOAT", "Largest L2 norm of the whole gradient.", "off")] = None
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    """Mixed precision of the network; losses stay in float32. fp16 needs CUDA."""
+    precision: environment.Precision = "auto"
+    """Precision of the network; logits and losses are always float32. auto: bf16 on a GPU that has it, else fp16 with
+    a scaled loss; fp32 on the CPU."""
 
 
 @dataclass
@@ -240,7 +243,7 @@ class Config:
         return defenses.create(self.defense.method, self.threat(), **self.method_options)
 
     def resolved(self, epsilon: str) -> Config:
-        """A copy with nothing left to be decided: epsilon, device, threads and the method's defaults filled in.
+        """A copy with nothing left to be decided: epsilon, device, precision, threads, the method's defaults.
 
         Args:
             epsilon: the data set's, as written.
@@ -251,7 +254,9 @@ class Config:
             device=environment.device(self.run.device),
             threads=self.run.threads or environment.physical_cores(),
         )
-        config = dataclasses.replace(self, attack=attack, run=run)
+        precision = environment.precision(self.optimization.precision, run.device)
+        optimization = dataclasses.replace(self.optimization, precision=precision)
+        config = dataclasses.replace(self, attack=attack, optimization=optimization, run=run)
         made = config.make_defense()
         options = {name: getattr(made, name) for name in defenses.options(self.defense.method)}
         return dataclasses.replace(config, defense=dataclasses.replace(self.defense, **options))

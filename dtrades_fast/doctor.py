@@ -59,8 +59,10 @@ def operators() -> Iterator[tuple[str, str]]:
     backend = _library.BACKEND
     served = f"C++ kernels for {', '.join(sorted(backend.devices))}" if backend.devices else "PyTorch reference"
     yield "operators", f"{served} ({_library.VARIABLE}={backend.requested})"
-    for module, problem in backend.problems.items():
-        yield f"  {module}", problem
+    for module, kind in _library.MODULES.items():
+        unused = f"not used ({_library.VARIABLE}={backend.requested})"
+        served = f"loaded, serves {kind} tensors" if kind in backend.devices else unused
+        yield f"  {module}", backend.problems.get(module, served)
     yield "SIMD", _library.simd_level() if backend.devices else f"not used; the processor: {cpu_capability()}"
 
 
@@ -73,7 +75,11 @@ def cuda() -> Iterator[tuple[str, str]]:
     yield "CUDA toolkit", toolkit()
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        yield f"cuda:{i}", f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+        yield (
+            f"cuda:{i}",
+            f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB, "
+            f"--precision auto is {environment.precision('auto', f'cuda:{i}')}",
+        )
     if not torch.cuda.device_count():
         yield "CUDA devices", "none"
 

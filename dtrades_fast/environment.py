@@ -7,12 +7,13 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dtrades_fast
 
-__all__ = ["backend", "describe", "device", "git_commit", "physical_cores", "versions"]
+__all__ = ["Precision", "backend", "describe", "device", "git_commit", "physical_cores", "precision", "versions"]
 
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
 ROOT = Path(dtrades_fast.__file__).parent.parent
 
 
@@ -32,6 +33,21 @@ def device(name: str) -> str:
     there = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
     why = "" if count else f"; torch {torch.__version__} finds no CUDA device"
     raise ValueError(f"--device {name} is not available here: use one of {', '.join(there)}{why}")
+
+
+def precision(name: Precision, device: str) -> Precision:
+    """What ``auto``, ``fp32``, ``fp16`` or ``bf16`` stands for on a device that there is.
+
+    ``auto`` is bf16 where the GPU's matrix units know it (compute capability 8.0 and above), fp16 on older GPUs, and
+    fp32 on the CPU.
+    """
+    if name != "auto":
+        return name
+    if device == "cpu":
+        return "fp32"
+    import torch
+
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
 def physical_cores() -> int:

@@ -79,9 +79,12 @@ def test_wrong_usage_is_2(data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     for words, message in (
         (["train", "--nope"], "nope"),
         (["train", "--epochs", "many"], "many"),
-        (["train", "--amp", "fp8"], "fp8"),
+        (["train", "--precision", "fp8"], "fp8"),
         (["train", "--method", "nope", *runs], "known are at, dtrades"),
-        (["train", "--arch", "nope", *runs, "--dataset", f"folder:{data}"], "known are resnet18, smallcnn, vgg16"),
+        (
+            ["train", "--arch", "nope", *runs, "--dataset", f"folder:{data}"],
+            "known are preactresnet18, resnet18, smallcnn, vgg16, wrn34_10",
+        ),
         (["train", "--dataset", "nope", *runs], "known are mnist5k, mnist, cifar10, cifar100"),
         (["train", "--preset", "nope"], "known are quick"),
         (["train", "--device", "cuda:99", *runs], "--device cuda:99 is not available here"),

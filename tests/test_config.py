@@ -182,7 +182,7 @@ def test_help_lists_every_option_of_every_method(capsys: pytest.CaptureFixture[s
     for name in asked.split():
         assert f"--{name}" in text
     words = " ".join(text.replace("│", " ").split())
-    assert "6.0 for trades" in words
+    assert "6.0 for faal, trades" in words
     assert "{None}" not in text
 
 
@@ -216,5 +216,5 @@ def test_a_new_defense_brings_its_options(monkeypatch: pytest.MonkeyPatch) -> No
     assert shown.help_behavior_hint == "(default: 2.0 for mine)"
     hint = fields["beta"].type.__metadata__[0].help_behavior_hint  # type: ignore[union-attr]
     assert "1.5 for mine" in hint
-    assert "6.0 for trades" in hint
+    assert "6.0 for faal, trades" in hint
     assert Config().method_options == {}

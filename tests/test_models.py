@@ -135,7 +135,10 @@ def test_no_normalisation_leaves_every_bit():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arch": "resnet19"}, "unknown architecture 'resnet19'; known are preactresnet18, resnet18, smallcnn, vgg16, wrn34_10"),
+        (
+            {"arch": "resnet19"},
+            "unknown architecture 'resnet19'; known are preactresnet18, resnet18, smallcnn, vgg16, wrn34_10",
+        ),
         ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
         ({"in_channels": 2}, "in_channels must be 1 .* or 3 .*, got 2"),
         ({"image_size": 8}, "image_size must be at least 16 pixels, got 8"),

@@ -96,7 +96,8 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 
 CONFIGURATIONS = {
     "sgd": (),
-    "adam, cosine, bf16": ("--optimizer", "adam", "--schedule", "cosine", "--amp", "bf16"),
+    "adam, cosine, bf16": ("--optimizer", "adam", "--schedule", "cosine", "--precision", "bf16"),
+    "fp16": ("--precision", "fp16", "--clip-norm", "1"),
     "step, EMA": ("--schedule", "step", "--milestones", "1", "2", "--ema", "0.8", "--method", "trades"),
     "constant, resnet": ("--arch", "resnet18", "--schedule", "constant", "--method", "at"),
     "no augmentation, L2": ("--augmentation", "none", "--norm", "l2", "--sensitivity-at", "last_step"),

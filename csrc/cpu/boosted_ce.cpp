@@ -25,7 +25,7 @@ DTF_INLINE void block_of_rows(const BoostedCE<T>& k, int64_t first, int64_t coun
     if (wrong_label(k, first + i)) valid.set(i, std::numeric_limits<A>::quiet_NaN());
   }
 
-  // The logit of the label; the largest of the others and its class; the largest of what remains.
+  // The logit of the label; the largest of the others and its class; the largest of those that remain.
   L label_logit = nothing, boosted_logit = nothing, boosted(-1), third = nothing;
   for (int64_t c = 0; c < k.classes; ++c) {
     auto is_label = label == L(c);
@@ -39,7 +39,7 @@ DTF_INLINE void block_of_rows(const BoostedCE<T>& k, int64_t first, int64_t coun
   L total(0), rest_total(0);
   for (int64_t c = 0; c < k.classes; ++c) {
     total = total + exp(logits[c] - maximum);
-    rest_total = rest_total + select(boosted == L(c), L(0), exp(logits[c] - rest_maximum));
+    rest_total = rest_total + exp(select(boosted == L(c), nothing, logits[c]) - rest_maximum);
   }
 
   const BoostedCERow<L> row{{maximum, log(total) + valid}, {rest_maximum, log(rest_total)}, L(k.slack)};

@@ -12,6 +12,7 @@ from dtrades_fast import rng
 from dtrades_fast.attacks.base import Attack, Model, input_gradient
 from dtrades_fast.attacks.objectives import KL, CrossEntropy, Objective, Targeted
 from dtrades_fast.ops import pgd_step_, random_start
+from dtrades_fast.profiling import span
 
 #: Standard deviation of the start that TRADES publishes, in pixel units.
 GAUSSIAN_START = 0.001
@@ -80,17 +81,23 @@ class PGD(Attack):
     def make_objective(self, model: Model, images: Tensor, labels: Tensor) -> Objective:
         """The objective for this batch; for KL this is the one forward pass on the clean images."""
         if self.objective == "kl":
-            with torch.no_grad():
+            with torch.no_grad(), span("clean prediction"):
                 return KL(model(images).log_softmax(-1))
         return Targeted(labels) if self.targeted else CrossEntropy(labels)
 
     def ascend(self, model: Model, images: Tensor, objective: Objective, index: Tensor, key: int) -> PGDResult:
-        """One run from one start, on a model that is already frozen. No host synchronisation."""
+        """One run from one start, on a model that is already frozen.
+
+        Nothing here depends on the values of a tensor: the host waits for nothing, and a CUDA graph can hold it all.
+        """
         step_size = self.epsilon / 4 if self.step_size is None else self.step_size
-        adv, gradient = self._start(images, index, key), None
-        for _ in range(self.steps):
-            gradient = input_gradient(model, adv, objective)
-            pgd_step_(adv, gradient, images, step_size, self.epsilon, norm=self.norm)
+        with span("start"):
+            adv, gradient = self._start(images, index, key), None
+        for step in range(self.steps):
+            with span("attack step", step + 1):
+                gradient = input_gradient(model, adv, objective)
+                with span("pgd_step_"):
+                    pgd_step_(adv, gradient, images, step_size, self.epsilon, norm=self.norm)
         return PGDResult(adv, gradient, objective)
 
     def _start(self, images: Tensor, index: Tensor, key: int) -> Tensor:
@@ -103,6 +110,7 @@ class PGD(Attack):
     def _worst_of_restarts(
         self, model: Model, images: Tensor, labels: Tensor, objective: Objective, index: Tensor, key: int
     ) -> Tensor:
+        """Later restarts run on the samples left standing; their count is the one thing that the host waits for."""
         worst = images.detach().clone()
         highest = torch.full(images.shape[:1], -torch.inf, device=images.device)
         standing = torch.arange(len(images), device=images.device)  # samples that no restart has fooled yet

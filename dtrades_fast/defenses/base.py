@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtrades_fast.attacks import PGD, Model
@@ -55,16 +57,21 @@ class Loss:
     """What a defense returns for a batch.
 
     Attributes:
-        total: the scalar that is minimised.
-        terms: per-sample values [N], detached, by name; those in ``total`` first.
+        per_sample: the loss of each sample, [N]; its mean is minimised.
+        terms: per-sample values [N], detached, by name; those in the loss first.
         clean_logits: [N, classes], detached, or None if the defense makes no clean pass.
         adv_logits: [N, classes], detached, or None if it makes no adversarial pass.
     """
 
-    total: Tensor
+    per_sample: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
     clean_logits: Tensor | None = None
     adv_logits: Tensor | None = None
+
+    @cached_property
+    def total(self) -> Tensor:
+        """The scalar that is minimised."""
+        return self.per_sample.mean()
 
 
 @dataclass
@@ -126,6 +133,16 @@ def outer_forward(model: nn.Module, clean: Tensor, adv: Tensor, bn_mode: BNMode)
         with torch.no_grad():
             model(clean)
     return clean_logits, adv_logits
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Losses are computed in float32, in float64 where the logits are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """``-log p_y`` per sample, [N]."""
+    return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
 
 
 def details(**terms: Tensor) -> dict[str, Tensor]:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import nn
 
 from dtrades_fast.attacks import Model
-from dtrades_fast.defenses.base import Batch, Crafted, Defense, Loss, details, register
+from dtrades_fast.defenses.base import Batch, Crafted, Defense, Loss, cross_entropy, details, register
 
 
 @register("standard")
@@ -24,5 +23,5 @@ class Standard(Defense):
 
     def loss(self, model: nn.Module, batch: Batch, crafted: Crafted) -> Loss:
         logits = model(batch.images)
-        ce = F.cross_entropy(logits.float(), batch.labels, reduction="none")
-        return Loss(ce.mean(), details(ce=ce), clean_logits=logits.detach())
+        ce = cross_entropy(logits, batch.labels)
+        return Loss(ce, details(ce=ce), clean_logits=logits.detach())

@@ -10,11 +10,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtrades_fast.attacks import Model
-from dtrades_fast.defenses.base import Batch, BNMode, Crafted, Defense, Loss, details, outer_forward, register
+from dtrades_fast.defenses.base import (
+    Batch,
+    BNMode,
+    Crafted,
+    Defense,
+    Loss,
+    cross_entropy,
+    details,
+    outer_forward,
+    register,
+)
 from dtrades_fast.ops import entropy_kl
 
 
@@ -44,7 +53,6 @@ class TRADES(Defense):
 def trades_loss(
     clean_logits: Tensor, adv_logits: Tensor, labels: Tensor, kl: Tensor, weight: Tensor | float, **extra: Tensor
 ) -> Loss:
-    """Mean of ``CE(z, y) + weight KL(p || p')``, where ``weight`` is one number or one per sample."""
-    ce = F.cross_entropy(clean_logits.float(), labels, reduction="none")
-    total = (ce + weight * kl).mean()
-    return Loss(total, details(ce=ce, kl=kl, **extra), clean_logits.detach(), adv_logits.detach())
+    """``CE(z, y) + weight KL(p || p')``, where ``weight`` is one number or one per sample."""
+    ce = cross_entropy(clean_logits, labels)
+    return Loss(ce + weight * kl, details(ce=ce, kl=kl, **extra), clean_logits.detach(), adv_logits.detach())

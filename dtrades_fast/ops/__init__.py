@@ -1,6 +1,7 @@
 """The operators: public functions over the compiled kernels, with pure-PyTorch twins in :mod:`.reference`."""
 
 from dtrades_fast.ops._library import BACKEND, Backend, BackendError
+from dtrades_fast.ops.boosted_ce import boosted_ce
 from dtrades_fast.ops.entropy_kl import EntropyKL, entropy_kl
 from dtrades_fast.ops.lambda_x import LambdaX, lambda_x
 from dtrades_fast.ops.logit_grad import logit_grad_ce, logit_grad_kl
@@ -15,6 +16,7 @@ __all__ = [
     "EntropyKL",
     "LambdaX",
     "SampleStats",
+    "boosted_ce",
     "entropy_kl",
     "lambda_x",
     "logit_grad_ce",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "boosted_ce",
     "entropy_kl",
     "lambda_x",
     "logit_grad_ce",
@@ -99,6 +100,46 @@ def logit_grad_ce(logits: Tensor, labels: Tensor) -> Tensor:
     target = labels[:, None] == torch.arange(logits.shape[-1], device=logits.device)
     grad = _wide(logits).softmax(-1) - target.to(compute_dtype(logits.dtype))
     return torch.where(target.any(-1, keepdim=True), grad, math.nan).to(logits.dtype)  # a wrong label shows
+
+
+def _rival(log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, C] masks: the label's class, and the most probable other one, the first of equals (no class if C = 1)."""
+    classes = torch.arange(log_p.shape[1], device=log_p.device)
+    target = labels[:, None] == classes
+    strongest = log_p.masked_fill(target, -math.inf).argmax(-1, keepdim=True)
+    return target, (classes == strongest) & ~target
+
+
+def _rest(log_p: Tensor, boosted: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the class k: ``log(1 - p_k)`` [N, 1] and ``p_j / (1 - p_k)`` [N, C]. If no other class is possible, a
+    constant -inf and zeros."""
+    others = log_p.masked_fill(boosted, -math.inf)
+    impossible = (others == -math.inf).all(-1, keepdim=True)
+    others = others.masked_fill(impossible, 0)
+    top = others.detach().amax(-1, keepdim=True)  # the sum relative to it: log p may be too large for its own digits
+    log_rest = top + (others - top).logsumexp(-1, keepdim=True)
+    return log_rest.masked_fill(impossible, -math.inf), others.softmax(-1).masked_fill(impossible, 0)
+
+
+def boosted_ce(logits: Tensor, labels: Tensor, slack: float) -> Tensor:
+    log_p = _wide(logits).log_softmax(-1)
+    target, boosted = _rival(log_p, labels)
+    log_rest = _rest(log_p, boosted)[0].squeeze(-1)
+    boost = (log_rest.exp() + slack).log() if slack > 0 else log_rest
+    loss = -log_p.masked_fill(~target, 0).sum(-1) - boost
+    return torch.where(target.any(-1), loss, math.nan)  # a wrong label shows
+
+
+def boosted_ce_backward(grad_loss: Tensor, logits: Tensor, labels: Tensor, slack: float) -> Tensor:
+    log_p = _wide(logits).log_softmax(-1)
+    target, boosted = _rival(log_p, labels)
+    log_rest, rest = _rest(log_p, boosted)
+    p, one_minus = log_p.exp(), log_rest.exp()
+    share = one_minus / (one_minus + slack) if slack > 0 else (log_rest > -math.inf).to(p.dtype)
+    p_k = p.masked_fill(~boosted, 0).sum(-1, keepdim=True)
+    grad = p - target.to(p.dtype) + share * p_k * torch.where(boosted, 1, -rest)
+    grad = torch.where(target.any(-1, keepdim=True), grad, math.nan)
+    return (grad_loss[:, None] * grad).to(logits.dtype)
 
 
 def sample_stats(

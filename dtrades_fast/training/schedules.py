@@ -12,12 +12,20 @@ from dtrades_fast.config import Optimization
 __all__ = ["create_optimizer", "create_schedule", "ramp"]
 
 
-def create_optimizer(options: Optimization, parameters: Iterable[nn.Parameter]) -> Optimizer:
+def create_optimizer(options: Optimization, parameters: Iterable[nn.Parameter], fused: bool = False) -> Optimizer:
+    """``fused``: an update is one launch, and the loss scaler's verdict on it never leaves the device."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if options.optimizer == "adam":
         betas = (options.momentum, 0.999)
-        return Adam(trained, options.lr, betas, weight_decay=options.weight_decay)
-    return SGD(trained, options.lr, options.momentum, weight_decay=options.weight_decay, nesterov=options.nesterov)
+        return Adam(trained, options.lr, betas, weight_decay=options.weight_decay, fused=fused)
+    return SGD(
+        trained,
+        options.lr,
+        options.momentum,
+        weight_decay=options.weight_decay,
+        nesterov=options.nesterov,
+        fused=fused,
+    )
 
 
 def create_schedule(options: Optimization, optimizer: Optimizer, steps_per_epoch: int) -> lr_scheduler.LRScheduler:

@@ -2,6 +2,9 @@
 
 Every random number is a function of the seed and of what it is for (:mod:`dtrades_fast.rng`): data order, crops,
 attack starts, dropout. So a checkpoint holds no generator states, and a run that was killed goes on to the same bits.
+
+On a GPU the host only sends work off, and should never wait for a result within a step: :meth:`Trainer.train_step`
+reads no tensor there. What must be read is summed up on the device and read now and then.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +24,6 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dtrades_fast import data, environment, models, rng
 from dtrades_fast.attacks import PGD
@@ -29,7 +31,9 @@ from dtrades_fast.config import Config
 from dtrades_fast.defenses import Batch, Loss, Threat
 from dtrades_fast.evaluation import metrics
 from dtrades_fast.models.weights import freeze_backbone, load_init_weights
+from dtrades_fast.profiling import span
 from dtrades_fast.training import checkpoint, schedules
+from dtrades_fast.training.average import MovingAverage
 from dtrades_fast.training.meter import Meter
 from dtrades_fast.training.progress import Progress, duration
 from dtrades_fast.training.run_folder import RunFolder
@@ -37,6 +41,9 @@ from dtrades_fast.training.run_folder import RunFolder
 __all__ = ["Interrupted", "Trainer", "TrainingError", "train"]
 
 MEASURED_STEPS = 3  #: timed for the expectation, after one that warms up
+LOOK_STEPS = 100  #: on a GPU, steps between looks for a loss that is not finite
+SMALLEST_SCALE = 2.0**-14  #: of the loss in fp16, 30 steps without an update below where it begins
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 LONG_SECONDS = 30 * 60  #: above it, a run on a CPU is told how to become smaller
 
 
@@ -53,11 +60,17 @@ class Interrupted(Exception):  # noqa: N818 (it is no error)
 
 
 class Autocast(nn.Module):
-    """A network in mixed precision with float32 logits, for the attack and the loss alike."""
+    """A network in mixed precision with float32 logits, for the attack and the loss alike.
+
+    Attributes:
+        computes_in_half: gradients run through float16 and would lose what is small, see
+            :func:`dtrades_fast.attacks.input_gradient`.
+    """
 
     def __init__(self, network: nn.Module, device: str, dtype: torch.dtype):
         super().__init__()
         self.network, self.device_type, self.dtype = network, device.split(":")[0], dtype
+        self.computes_in_half = dtype == torch.float16
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.autocast(self.device_type, self.dtype):
@@ -81,15 +94,20 @@ class Batches:
         """Images in [0, 1], labels and sample ids."""
         if epoch != self.epoch:
             device = self.images.labels.device
-            self.order = data.epoch_order(len(self.images), self.seed, epoch).to(device)
+            self.order = upload(data.epoch_order(len(self.images), self.seed, epoch), device)
             if self.augmentation is not None:
-                self.offsets = self.augmentation.offsets(self.seed, epoch, self.highest_id + 1).to(device)
+                self.offsets = upload(self.augmentation.offsets(self.seed, epoch, self.highest_id + 1), device)
             self.epoch = epoch
         chosen = self.order[i * self.batch_size : (i + 1) * self.batch_size]
         ids, pixels = self.images.ids[chosen], self.images.images_uint8[chosen]
         if self.augmentation is not None:
             pixels = self.augmentation.apply(pixels, self.offsets[ids])
         return data.to_float(pixels), self.images.labels[chosen], ids
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that the host does not wait for, which takes page-locked memory."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 class Trainer:
@@ -114,14 +132,17 @@ class Trainer:
         self.total_steps = options.epochs * len(self.batches)
         self.threat = config.threat()
         self.defense = config.make_defense()
-        self.optimizer = schedules.create_optimizer(options, self.model.parameters())
+        kind = self.device.split(":")[0]
+        scaled = options.precision == "fp16"
+        fused = scaled or kind == "cuda"
+        self.optimizer = schedules.create_optimizer(options, self.model.parameters(), fused)
         self.schedule = schedules.create_schedule(options, self.optimizer, len(self.batches))
-        self.scaler = torch.amp.GradScaler(self.device.split(":")[0], enabled=options.amp == "fp16")
-        self.ema = None
-        if options.ema is not None:
-            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)
+        self.scaler = torch.amp.GradScaler(kind, enabled=scaled)
+        self.one = torch.ones((), device=self.device)  # shows the scale, which has no other public view on the device
+        self.ema = None if options.ema is None else MovingAverage(self.model, options.ema)
         self.step = 0  # optimizer steps done
         self.meter = Meter()
+        self.reading_waits = kind == "cuda"
         self.epoch_seconds = 0.0
         self.best: dict[str, float] | None = None  # epoch, na and ra of the best validation
 
@@ -134,7 +155,6 @@ class Trainer:
             TrainingError: the loss or a weight is not finite.
             Interrupted: training stopped by request; its state is saved.
         """
-        options, seed = self.config.optimization, self.config.run.seed
         network = self.network(self.model)
         timed: list[float] = []  # seconds of the first steps
         saved_at = time.monotonic()
@@ -143,50 +163,72 @@ class Trainer:
             while self.step < self.total_steps:
                 began = time.monotonic()
                 epoch, i = divmod(self.step, len(self.batches))
-                images, labels, ids = self.batches.get(epoch, i)
-                batch = Batch(images, labels, ids, rng.key(seed, "attack", self.step))
-                torch.manual_seed(rng.key(seed, "dropout", self.step))
-                self.defense.threat = self.threat_at(self.step)
-
-                network.train()
-                crafted = self.defense.craft(network, batch)
-                loss = self.defense.loss(network, batch, crafted)
-                self.check_finite(loss)
-
-                self.optimizer.zero_grad(set_to_none=True)
-                self.scaler.scale(loss.total).backward()
-                if options.clip_norm is not None:
-                    self.scaler.unscale_(self.optimizer)
-                    nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
+                ends_epoch = i + 1 == len(self.batches)
                 lr = float(self.optimizer.param_groups[0]["lr"])
-                self.schedule.step()
-                if self.ema is not None:
-                    self.ema.update_parameters(self.model)
-
-                self.step += 1
-                self.measure(loss, labels)
+                self.train_step(network)
+                if ends_epoch or len(timed) <= MEASURED_STEPS:
+                    self.wait()
                 seconds = time.monotonic() - began
                 self.epoch_seconds += seconds
                 progress.update(self.step, epoch + 1, self.figures)
+                if self.reading_waits and self.step % LOOK_STEPS == 0:
+                    self.check_sums()
                 if len(timed) <= MEASURED_STEPS:
                     timed.append(seconds)
                     if len(timed) > MEASURED_STEPS:
                         self.expect(sum(timed[1:]) / MEASURED_STEPS)
-                if i + 1 == len(self.batches):
+                if ends_epoch:
                     self.end_epoch(epoch + 1, lr)
                     saved_at = time.monotonic()
                 elif stop or time.monotonic() - saved_at >= 60 * self.config.run.checkpoint_minutes:
-                    self.check_weights()
+                    self.check_state()
                     self.save(self.folder.last)
                     saved_at = time.monotonic()
                 if stop and self.step < self.total_steps:
                     raise Interrupted(stop[0], self.interruption(stop[0]))
 
+    def train_step(self, network: nn.Module) -> None:
+        """The next mini-batch: craft, loss, gradients, update, figures."""
+        seed = self.config.run.seed
+        with span("data"):
+            images, labels, ids = self.batches.get(*divmod(self.step, len(self.batches)))
+        batch = Batch(images, labels, ids, rng.key(seed, "attack", self.step))
+        torch.manual_seed(rng.key(seed, "dropout", self.step))
+        self.defense.threat = self.threat_at(self.step)
+        network.train()
+        with span("attack"):
+            crafted = self.defense.craft(network, batch)
+        with span("forward"):
+            loss = self.defense.loss(network, batch, crafted)
+        if not self.reading_waits:
+            self.check_finite(loss)
+        with span("backward"):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss.total).backward()
+        with span("optimizer"):
+            self.update()
+        self.step += 1
+        with span("figures"):
+            self.measure(loss, labels)
+
+    def update(self) -> None:
+        """Weights, loss scale, learning rate and moving average."""
+        clip_norm = self.config.optimization.clip_norm
+        if clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
+        scale = self.scaler.scale(self.one)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.is_enabled():  # the scale shrinks when gradients overflowed and so the weights stayed
+            self.meter.add("skipped", (self.scaler.scale(self.one) < scale)[None])
+        self.schedule.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+
     def network(self, model: nn.Module) -> nn.Module:
         """What is called: the model, in mixed precision if that is on."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.optimization.amp)
+        dtype = HALF.get(self.config.optimization.precision)
         return model if dtype is None else Autocast(model, self.device, dtype)
 
     def threat_at(self, step: int) -> Threat:
@@ -215,11 +257,18 @@ class Trainer:
         named = [f"{name} for {count} of {size} samples" for name, count in bad.items() if count]
         self.fail(self.step + 1, f"loss is {loss.total.item()}, not finite: {', '.join(named) or 'the total alone'}")
 
-    def check_weights(self) -> None:
-        """No weight that is not finite may get into a checkpoint, so that the last one is a good one."""
-        for name, tensor in self.model.state_dict().items():
-            if not torch.isfinite(tensor).all():
-                self.fail(self.step, f"weights are not finite: {name}")
+    def check_sums(self) -> None:
+        """The figures of the epoch so far, whose sums have kept every value that was not finite."""
+        if bad := not_finite(self.meter.sums):
+            self.fail(self.step, f"not finite within the last {LOOK_STEPS} steps: {', '.join(bad)}")
+
+    def check_state(self) -> None:
+        """Nothing that is not finite may get into a checkpoint, so that the last one is a good one."""
+        self.check_sums()
+        if bad := not_finite(self.model.state_dict()):
+            self.fail(self.step, f"weights are not finite: {', '.join(bad)}")
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            self.fail(self.step, "gradients overflow in float16 whatever the loss is scaled by")
 
     def fail(self, step: int, what: str) -> NoReturn:
         at = f"step {step} of {self.total_steps} (epoch {(step - 1) // len(self.batches) + 1})"
@@ -236,8 +285,9 @@ class Trainer:
 
     def end_epoch(self, epoch: int, lr: float) -> None:
         """Validate, log, and save. The order of the files is explained in :class:`RunFolder`."""
-        self.check_weights()
-        na, ra = self.validate()
+        self.check_state()
+        with span("evaluation"):
+            na, ra = self.validate()
         train = self.meter.summary()
         images_per_second = len(self.sets.train) / self.epoch_seconds
         line = {
@@ -322,6 +372,11 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
         self.meter = Meter({name: sums.to(self.device) for name, sums in state["meter"].items()})
 
+    def wait(self) -> None:
+        """Let the device finish what it was sent, before a clock is read."""
+        if self.reading_waits:
+            torch.cuda.synchronize(self.device)
+
     # What is said
 
     def say(self, text: str) -> None:
@@ -354,7 +409,7 @@ class Trainer:
         self.say(f"  attack     {c.attack.norm}, epsilon {c.attack.epsilon}, {c.attack.steps} steps, {size}{ramp}")
         self.say(
             f"  training   {o.epochs} epochs of {len(self.batches)} steps of {o.batch_size} images: "
-            f"{self.total_steps:,} steps; {o.optimizer}, lr {o.lr:g}, {o.schedule}"
+            f"{self.total_steps:,} steps; {o.optimizer}, lr {o.lr:g}, {o.schedule}, {o.precision}"
         )
         self.say(f"  machine    {self.device}, {c.run.threads} threads, operators: {environment.backend(self.device)}")
         if self.step:
@@ -383,6 +438,14 @@ class Trainer:
             f"stopped by {name} after step {self.step} of {self.total_steps}, saved in {self.folder.last}; "
             f"go on with: dtrades-fast train --resume --run {self.config.run_name} --runs-dir {self.folder.path.parent}"
         )
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors with a value that is not finite, in one read for all of them."""
+    if not tensors:
+        return []
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
+    return [name for name, fine in zip(tensors, finite, strict=True) if not fine]
 
 
 def create_model(config: Config, info: data.DataInfo) -> models.Classifier:
@@ -435,8 +498,6 @@ def train(config: Config, console: Console | None = None) -> RunFolder:
         config.data.dataset, config.data.data_root, environment.device(config.run.device), limit=config.data.limit
     )
     config = config.resolved(sets.info.epsilon)
-    if config.optimization.amp == "fp16" and config.run.device == "cpu":
-        raise ValueError("--amp fp16 needs CUDA, and the device is cpu: use --amp bf16 or --amp off")
     assert config.run.threads is not None
     torch.set_num_threads(config.run.threads)
     if config.run.deterministic:
