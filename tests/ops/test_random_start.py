@@ -408,3 +408,11 @@ X, N = torch.zeros(3, 2, 5), torch.arange(3)
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         random_start(*arguments)
+
+
+@each_dtype
+def test_linf_start_has_the_same_bits_everywhere(dtype):
+    """Those of the twin, which the CUDA kernel has too: no instruction set contracts the product and the sum."""
+    clean, index = make((5, 3, 5, 7), dtype)
+    expected = reference.random_start(clean, index, "linf", RADIUS, 0.0, 1.0, KEY)
+    assert_same_bits(random_start(clean, index, "linf", RADIUS, KEY), expected)

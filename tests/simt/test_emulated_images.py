@@ -39,13 +39,11 @@ def test_lambda_x_of_any_logits(classes, kind, dtype):
 @each_operator
 @each_regime
 def test_launch_does_not_show(operator, size, dtype, shift):
-    """The same bits on repetition, in every order of threads, for every grid.
-
-    Not for every alignment: packs give threads other elements than single ones do, and sums follow that.
-    """
+    """The same bits on repetition, in every order of threads, for every grid and alignment."""
     check = IMAGE_CHECKS[operator]
     expected = check(Kernels(shift=shift), 5, size, dtype)
     assert_same_bits(check(Kernels(shift=shift), 5, size, dtype), expected, "repetition")
+    assert_same_bits(check(Kernels(shift=1 - shift), 5, size, dtype), expected, "another alignment")
     for launch in LAUNCHES:
         assert_same_bits(check(Kernels(shift=shift, **launch), 5, size, dtype), expected, str(launch))
 
@@ -60,9 +58,9 @@ def test_unaligned(operator, shift, dtype):
 
 @each_dtype
 def test_sample_alone_has_the_bits_of_the_batch(dtype):
-    """Of samples whose size is a whole number of packs: others would be aligned differently."""
+    """Also of samples that lie at other addresses than alone: 105 elements are no whole number of packs."""
     k = Kernels()
-    adv, grad, clean = image(BATCH, 104, dtype)
+    adv, grad, clean = image(BATCH, 105, dtype)
     index = torch.arange(BATCH) * 3
     assert_rows_independent(lambda a, g, x: k.pgd_step(a, g, x, STEP, 0.2, 0.0, 1.0, "l2"), adv, grad, clean)
     assert_rows_independent(lambda a, g, x: k.pgd_step(a, g, x, STEP, EPSILON, 0.0, 1.0, "linf"), adv, grad, clean)
