@@ -38,7 +38,7 @@ struct Pack {
     if (aligned) {
       Bits128 bits;
       __builtin_memcpy(&bits, stored, sizeof bits);
-      *reinterpret_cast<Bits128*>(to) = bits;
+      store128(to, bits);
     } else {
       DTF_UNROLL for (int i = 0; i < width; ++i) to[i] = stored[i];
     }
@@ -79,7 +79,8 @@ DTF_DEVICE void for_elements(int64_t size, bool all_aligned, int64_t thread, int
   constexpr int width = Pack<T>::width;
   const int64_t packs = size / width;
   for (int64_t pack = thread; pack < packs; pack += threads) f(pack * width, Pack<T>{all_aligned});
-  for (int64_t i = packs * width + thread; i < size; i += threads) f(i, Single<T>{});
+  const int64_t last = packs * width + thread;  // there are more threads than elements left
+  if (last < size) f(last, Single<T>{});
 }
 
 // ---- a block per sample -----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ struct Geometry {
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#define DTF_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+#define DTF_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, (max_threads) < 1024 ? 0 : 1)
 #define DTF_DEVICE __device__ __forceinline__
 #define DTF_SHARED(type, name, count) __shared__ type name[count]
 #define DTF_DYNAMIC_SHARED(type, name)           \
@@ -49,6 +49,14 @@ DTF_DEVICE void narrow(float x, float& to) { to = x; }
 DTF_DEVICE void narrow(double x, double& to) { to = x; }
 DTF_DEVICE void narrow(float x, Half& to) { to.bits = __half_as_ushort(__float2half_rn(x)); }
 DTF_DEVICE void narrow(float x, BFloat16& to) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+
+// One access of 16 bytes in global memory. As an instruction, since the compiler takes a plain assignment apart where
+// the same bytes are written one by one in another branch.
+DTF_DEVICE void store128(void* to, const Bits128& x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x.word[0]),
+               "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3])
+               : "memory");
+}
 
 // The value of the lane whose number differs in the bits of `mask`.
 template <typename V>

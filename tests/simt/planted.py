@@ -140,8 +140,8 @@ BUGS = (
     Bug(
         "one element too many in global memory",
         ELEMENTS,
-        "i < size; i += threads) f(i, Single<T>{});",
-        "i <= size; i += threads) f(i, Single<T>{});",
+        "if (last < size) f(last, Single<T>{});",
+        "if (last <= size) f(last, Single<T>{});",
         "sample_stats",
         (1, 257),
         {"asan": "heap-buffer-overflow"},

@@ -60,6 +60,8 @@ inline void narrow(float x, Half& to) {
   to.bits = static_cast<uint16_t>(x != x ? 0x7FFF : sign | rounded);
 }
 
+inline void store128(void* to, const Bits128& x) { *static_cast<Bits128*>(to) = x; }
+
 template <typename V>
 inline V shuffle_xor(V x, int mask) {
   static_assert(sizeof(V) <= sizeof(uint64_t));
