@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?= -c constraints.txt
 RUNS ?= runs
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(SOURCES) $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.c')
 BUILD := setup.py pyproject.toml constraints.txt $(wildcard _build/*.py)
 
 .DEFAULT_GOAL := help
@@ -49,13 +50,13 @@ gpu-check: $(VENV)/.installed  ## on a machine with a GPU: everything that only 
 check: $(VENV)/.installed  ## lint, format and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	$(BIN)/mypy
 
 format: $(VENV)/.installed  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 bench: $(VENV)/.installed  ## time the operators against PyTorch (under 10 minutes), results in bench/results
 	$(BIN)/dtrades-fast bench
