@@ -55,13 +55,13 @@ DTF_INLINE void backward(const EntropyKLBackward<T>& k, int64_t begin, int64_t e
         n.read(k.normalisers + first * 4, count, 4);
         auto rows = [&](const A* values) DTF_LAMBDA_INLINE { return load_part<L>(values + first, count, A(0)); };
         EntropyKLGradTerms<L> terms{has_entropy ? rows(k.grad_entropy) : L(0),
-                           has_kl ? rows(k.grad_kl) : L(0),
-                           rows(k.entropy),
-                           rows(k.kl),
-                           {n[0], n[1]},
-                           {n[2], n[3]},
-                           has_entropy,
-                           has_kl};
+                                    has_kl ? rows(k.grad_kl) : L(0),
+                                    rows(k.entropy),
+                                    rows(k.kl),
+                                    {n[0], n[1]},
+                                    {n[2], n[3]},
+                                    has_entropy,
+                                    has_kl};
         for (int64_t c = 0; c < k.classes; ++c) {
           EntropyKLGrad<L> g = terms(clean[c], adv[c]);
           clean.set(c, g.clean);
@@ -73,13 +73,13 @@ DTF_INLINE void backward(const EntropyKLBackward<T>& k, int64_t begin, int64_t e
       [&](int64_t row) DTF_LAMBDA_INLINE {
         const A* n = k.normalisers + 4 * row;
         EntropyKLGradTerms<L> terms{has_entropy ? L(k.grad_entropy[row]) : L(0),
-                           has_kl ? L(k.grad_kl[row]) : L(0),
-                           L(k.entropy[row]),
-                           L(k.kl[row]),
-                           {L(n[0]), L(n[1])},
-                           {L(n[2]), L(n[3])},
-                           has_entropy,
-                           has_kl};
+                                    has_kl ? L(k.grad_kl[row]) : L(0),
+                                    L(k.entropy[row]),
+                                    L(k.kl[row]),
+                                    {L(n[0]), L(n[1])},
+                                    {L(n[2]), L(n[3])},
+                                    has_entropy,
+                                    has_kl};
         int64_t start = row * k.classes;
         for_lanes<L>(start, start + k.classes, [&](int64_t i, auto part) DTF_LAMBDA_INLINE {
           EntropyKLGrad<L> g = terms(part.load(k.clean + i, A(0)), part.load(k.adv + i, A(0)));
