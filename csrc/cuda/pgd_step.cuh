@@ -37,7 +37,7 @@ DTF_KERNEL(Block::threads)
 pgd_step_l2(PGDStepL2<T> k, int64_t samples) {
   using A = Compute<T>;
   DTF_DYNAMIC_SHARED(A, kept);  // each thread reads only what it wrote itself, in any sample: no barrier is needed
-  const bool keep = step_fits<T>(k.size);
+  const bool keep = Block::threads == 256 && step_fits<T>(k.size);  // larger blocks have samples that never fit
   for_samples(samples, [&](int64_t sample) {
     T* adv = k.adv + sample * k.size;
     const T *grad = k.grad + sample * k.size, *clean = k.clean + sample * k.size;

@@ -43,8 +43,9 @@ DTF_DEVICE void transform(const T* from, T* to, int64_t first, int64_t size, F f
       DTF_UNROLL for (int j = 0; j < width; ++j) x[j] = f(x[j], i + j);
       pack.store(to + first + i, x);
     }
-  } else {
-    DTF_UNROLL for (int i = 0; i < n; ++i) if (first + i < size) narrow(f(widen(from[first + i]), i), to[first + i]);
+  } else {  // at least the last one lies beyond
+    DTF_UNROLL for (int i = 0; i < n - 1; ++i) if (first + i < size)
+        narrow(f(widen(from[first + i]), i), to[first + i]);
   }
 }
 
