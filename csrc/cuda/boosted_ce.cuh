@@ -65,10 +65,7 @@ boosted_ce(BoostedCE<T> k, int64_t rows) {
 
 template <typename T>
 void enqueue(const BoostedCE<T>& k, int64_t rows, const Queue& queue) {
-  with_row_shape(k.classes, [&](auto shape) {
-    using Shape = decltype(shape);
-    start(&boosted_ce<T, Shape>, row_geometry<Shape>(rows, queue), queue.stream, k, rows);
-  });
+  with_row_shape(k.classes, [&](auto shape) { start_rows(shape, &boosted_ce<T, decltype(shape)>, k, rows, queue); });
 }
 
 }  // namespace dtf

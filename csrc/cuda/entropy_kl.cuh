@@ -59,17 +59,13 @@ entropy_kl_backward(EntropyKLBackward<T> k, int64_t rows) {
 
 template <typename T>
 void enqueue(const EntropyKLForward<T>& k, int64_t rows, const Queue& queue) {
-  with_row_shape(k.classes, [&](auto shape) {
-    using Shape = decltype(shape);
-    start(&entropy_kl_forward<T, Shape>, row_geometry<Shape>(rows, queue), queue.stream, k, rows);
-  });
+  with_row_shape(k.classes,
+                 [&](auto shape) { start_rows(shape, &entropy_kl_forward<T, decltype(shape)>, k, rows, queue); });
 }
 template <typename T>
 void enqueue(const EntropyKLBackward<T>& k, int64_t rows, const Queue& queue) {
-  with_row_lanes(k.classes, [&](auto shape) {
-    using Shape = decltype(shape);
-    start(&entropy_kl_backward<T, Shape>, row_geometry<Shape>(rows, queue), queue.stream, k, rows);
-  });
+  with_row_lanes(k.classes,
+                 [&](auto shape) { start_rows(shape, &entropy_kl_backward<T, decltype(shape)>, k, rows, queue); });
 }
 
 }  // namespace dtf

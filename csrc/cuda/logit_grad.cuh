@@ -55,17 +55,11 @@ logit_grad_ce(LogitGradCE<T> k, int64_t rows) {
 
 template <typename T>
 void enqueue(const LogitGradKL<T>& k, int64_t rows, const Queue& queue) {
-  with_row_shape(k.classes, [&](auto shape) {
-    using Shape = decltype(shape);
-    start(&logit_grad_kl<T, Shape>, row_geometry<Shape>(rows, queue), queue.stream, k, rows);
-  });
+  with_row_shape(k.classes, [&](auto shape) { start_rows(shape, &logit_grad_kl<T, decltype(shape)>, k, rows, queue); });
 }
 template <typename T>
 void enqueue(const LogitGradCE<T>& k, int64_t rows, const Queue& queue) {
-  with_row_shape(k.classes, [&](auto shape) {
-    using Shape = decltype(shape);
-    start(&logit_grad_ce<T, Shape>, row_geometry<Shape>(rows, queue), queue.stream, k, rows);
-  });
+  with_row_shape(k.classes, [&](auto shape) { start_rows(shape, &logit_grad_ce<T, decltype(shape)>, k, rows, queue); });
 }
 
 }  // namespace dtf

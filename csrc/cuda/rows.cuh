@@ -34,9 +34,10 @@ void with_row_lanes(int64_t classes, F f) {
   if (classes <= WideRow::max_classes) return f(RowShape<WideRow::lanes, 0>{});
   f(BlockRow{});
 }
-template <typename Shape>
-Geometry row_geometry(int64_t rows, const Queue& queue) {
-  return {grid_for(rows, Shape::rows_per_block, queue), 1, Shape::threads, 0};
+// Queues a kernel over rows, in the shape that suits.
+template <typename Shape, typename Arguments>
+void start_rows(Shape, void (*kernel)(Arguments, int64_t), const Arguments& k, int64_t rows, const Queue& queue) {
+  start(kernel, Geometry{grid_for(rows, Shape::rows_per_block, queue), 1, Shape::threads, 0}, queue.stream, k, rows);
 }
 
 // Calls body(row, valid) for this thread's rows. All threads of the block come along, beyond the last row with valid =

@@ -190,7 +190,8 @@ def pgd_step_(
         moved = torch.minimum(torch.maximum(a + step_size * sign, x - epsilon), x + epsilon)
     else:
         size = l2_norm(grad)
-        scale = step_size / size  # infinite for a gradient too small for the quotient
+        # infinite for a gradient too small for the quotient; a number over a tensor would be 1 / size first
+        scale = torch.full_like(size, step_size) / size
         move = g * _per_sample(torch.where((size == 0) | scale.isinf(), 0, scale), g)
         delta = a + move - x
         size = l2_norm(delta)

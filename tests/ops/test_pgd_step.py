@@ -193,6 +193,16 @@ def test_l2_moves_by_the_step_whatever_the_size_of_the_gradient(size, dtype):
     assert (np.abs(distance - 0.25) <= 0.25 * stored).all()
 
 
+@pytest.mark.parametrize("size", [1e-45, 1e-39, 1e-30, 1.0])
+def test_l2_step_of_length_zero_does_not_move(size):
+    """Neither the kernel nor the twin, even where 1 / ||g|| overflows."""
+    clean, grad = uniform((2, 12), F32, 1), torch.full((2, 12), size)
+    for implementation in (pgd_step_, reference.pgd_step_):
+        adv = clean.clone()
+        implementation(adv, grad, clean, 0.0, 0.5, 0.0, 1.0, "l2")
+        assert torch.equal(adv, clean)
+
+
 @pytest.mark.parametrize("size", [1e-45, 1e-40])
 def test_l2_of_a_gradient_too_small_to_normalise(size):
     """step / ||g|| overflows: the sample stays, rather than becoming NaN."""

@@ -60,7 +60,10 @@ inline void narrow(float x, Half& to) {
   to.bits = static_cast<uint16_t>(x != x ? 0x7FFF : sign | rounded);
 }
 
-inline void store128(void* to, const Bits128& x) { *static_cast<Bits128*>(to) = x; }
+inline void store128(void* to, const Bits128& x) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof x != 0) simt::fail("a misaligned store of 16 bytes");
+  *static_cast<Bits128*>(to) = x;
+}
 
 template <typename V>
 inline V shuffle_xor(V x, int mask) {
