@@ -12,12 +12,12 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "_build"))
-import cuda  # noqa: E402
+import cuda_toolkit  # noqa: E402
 
-CUDA_HOME = cuda.find_toolkit()
+CUDA_HOME = cuda_toolkit.find_toolkit()
 if CUDA_HOME is not None:  # both are read when torch.utils.cpp_extension is imported
     os.environ["CUDA_HOME"] = str(CUDA_HOME)
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda.ARCHITECTURES)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_toolkit.ARCHITECTURES)
 
 # The oldest torch whose stable ABI the extension uses, as 0xMMmmpp...: one build serves this and every later version.
 TORCH_TARGET_VERSION = "0x020d000000000000"
@@ -60,12 +60,12 @@ def extensions() -> list:
             extra_link_args=LINK_FLAGS,
         )
     ]
-    if why := cuda.why_not(CUDA_HOME, torch.version.cuda):
+    if why := cuda_toolkit.why_not(CUDA_HOME, torch.version.cuda):
         problems["_C_cuda"] = why
         return found
     assert CUDA_HOME is not None
-    nvcc_flags = [*cuda.NVCC_FLAGS, "-Xcompiler=-fvisibility=hidden"]
-    if cuda.toolkit_version(CUDA_HOME) >= (12, 8):
+    nvcc_flags = [*cuda_toolkit.NVCC_FLAGS, "-Xcompiler=-fvisibility=hidden"]
+    if cuda_toolkit.toolkit_version(CUDA_HOME) >= (12, 8):
         nvcc_flags.append("--compress-mode=size")  # a fifth of the size
     found.append(
         # not CUDAExtension, which links what a torch without CUDA does not have

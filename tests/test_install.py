@@ -151,7 +151,7 @@ def test_broken_cuda_compiler_leaves_the_cpu_kernels(tree: Path, tmp_path: Path,
 @pytest.fixture(scope="module")
 def toolkit():
     """The build's module that looks for one."""
-    spec = importlib.util.spec_from_file_location("toolkit_under_test", ROOT / "_build" / "cuda.py")
+    spec = importlib.util.spec_from_file_location("toolkit_under_test", ROOT / "_build" / "cuda_toolkit.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

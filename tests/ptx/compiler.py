@@ -15,21 +15,21 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-import cuda
+import cuda_toolkit
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "ptx"
 STEMS = tuple(sorted(path.stem for path in (CSRC / "cuda").glob("*.cu")))
 #: 75, 80, 86, 90: those of the product's build
-ARCHITECTURES = tuple(int(name.replace(".", "")) for name in re.findall(r"\d+\.\d", cuda.ARCHITECTURES))
+ARCHITECTURES = tuple(int(name.replace(".", "")) for name in re.findall(r"\d+\.\d", cuda_toolkit.ARCHITECTURES))
 
 
 def ptx(stem: str, arch: int, source: Path = CSRC) -> Path:
     return _made(
         f"{stem}.{arch}.ptx",
         [source / "cuda" / f"{stem}.cu", *sorted(source.rglob("*.h")), *sorted(source.rglob("*.cuh"))],
-        ["nvcc", *cuda.NVCC_FLAGS, "--generate-line-info", f"-arch=compute_{arch}", "-ptx"],
+        ["nvcc", *cuda_toolkit.NVCC_FLAGS, "--generate-line-info", f"-arch=compute_{arch}", "-ptx"],
     )
 
 
@@ -68,11 +68,11 @@ def _made(name: str, sources: list[Path], command: list[str]) -> Path:
 
 @cache
 def toolkit() -> Path:
-    home = cuda.find_toolkit()
+    home = cuda_toolkit.find_toolkit()
     assert home is not None
     return home
 
 
 @cache
 def _version() -> str:
-    return str(cuda.toolkit_version(toolkit()))
+    return str(cuda_toolkit.toolkit_version(toolkit()))

@@ -9,7 +9,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE.parent / folder) for folder in ("ops", "simt")] + [str(HERE.parent.parent / "_build")]
 
-import cuda  # noqa: E402
+import cuda_toolkit  # noqa: E402
 from builds import COMPILER  # noqa: E402
 
 
@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if not item.get_closest_marker("nvcc"):
         return
-    if cuda.find_toolkit() is None:
+    if cuda_toolkit.find_toolkit() is None:
         pytest.skip("no nvcc: PTX was not checked")
     if not shutil.which(COMPILER):
         pytest.skip(f"no {COMPILER}, which plans the launches: PTX was not checked")

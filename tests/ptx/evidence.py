@@ -166,7 +166,7 @@ shape that is unlike those that were run; and anything about time.
 
 
 def document() -> str:
-    toolkit = ".".join(map(str, compiler.cuda.toolkit_version(compiler.toolkit())))
+    toolkit = ".".join(map(str, compiler.cuda_toolkit.toolkit_version(compiler.toolkit())))
     parts = [INTRODUCTION.format(toolkit=toolkit), *_coverage(), *_mutants(), *_counts(list(runs()))]
     return "\n".join(parts)
 
