@@ -126,7 +126,7 @@ def test_the_ranges_of_a_step(data: Path, tmp_path: Path, names: list[str]) -> N
     attack = ["attack", "clean prediction", "start"]
     for step in ("attack step 1", "attack step 2"):
         attack += [step, *gradient, "pgd_step_"]
-    assert names == ["data", *attack, *gradient, "forward", "backward", "optimizer", "figures"]
+    assert names == ["data", *attack, "sensitivity", *gradient, "forward", "backward", "optimizer", "figures"]
 
 
 def test_a_tool_that_injects_itself_gets_nvtx_ranges(data: Path, tmp_path: Path) -> None:

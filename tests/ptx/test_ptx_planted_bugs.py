@@ -25,10 +25,11 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Libr
 
 
 @pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
-def test_is_caught(bug: Bug, libraries: dict[str, Future[Library]]) -> None:
+def test_is_caught(bug: Bug, libraries: dict[str, Future[Library]], findings: list[str]) -> None:
     report = outcome(bug, libraries[bug.name].result())
     assert report is not None, "nobody noticed"
     assert re.search(REPORTS[bug.name], report), report
+    findings.append(f"{bug.name}: {report}")
 
 
 @pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
