@@ -188,6 +188,9 @@ struct BoostedCERow {
   }
 };
 
+// Whether a label names a class.
+DTF_INLINE bool is_class(int64_t label, int64_t classes) { return label >= 0 && label < classes; }
+
 // lambda(x) = clip(base + alpha H + beta ||g||, minimum, maximum)
 template <typename V>
 DTF_INLINE V lambda_x(V entropy, V sensitivity, V alpha, V beta, V base, V minimum, V maximum) {
@@ -259,9 +262,11 @@ DTF_INLINE void philox(Word (&c)[4], PhiloxKey key) {
   }
 }
 // The four words of a sample's stream number `draw` that elements 4 block .. 4 block + 3 use.
-DTF_INLINE void random_words(uint32_t (&words)[4], uint32_t block, uint32_t draw, int64_t index, uint64_t key) {
-  words[0] = block, words[1] = draw;
-  words[2] = static_cast<uint32_t>(index), words[3] = static_cast<uint32_t>(static_cast<uint64_t>(index) >> 32);
+template <typename Word>
+DTF_INLINE void random_words(Word (&words)[4], Word block, uint32_t draw, int64_t index, uint64_t key) {
+  words[0] = block, words[1] = Word(draw);
+  words[2] = Word(static_cast<uint32_t>(index));
+  words[3] = Word(static_cast<uint32_t>(static_cast<uint64_t>(index) >> 32));
   philox(words, {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)});
 }
 

@@ -7,11 +7,6 @@
 namespace dtf {
 namespace {
 
-template <typename T>
-DTF_INLINE bool wrong_label(const BoostedCE<T>& k, int64_t row) {
-  return k.labels[row] < 0 || k.labels[row] >= k.classes;
-}
-
 // Few classes: a lane is a row. A class's number is exact in a lane, too.
 template <typename L, typename T>
 DTF_INLINE void block_of_rows(const BoostedCE<T>& k, int64_t first, int64_t count) {
@@ -22,7 +17,7 @@ DTF_INLINE void block_of_rows(const BoostedCE<T>& k, int64_t first, int64_t coun
   L label(-1), valid(0);  // valid: 0, or NaN where the label is wrong
   for (int64_t i = 0; i < count; ++i) {
     label.set(i, static_cast<A>(k.labels[first + i]));
-    if (wrong_label(k, first + i)) valid.set(i, std::numeric_limits<A>::quiet_NaN());
+    if (!is_class(k.labels[first + i], k.classes)) valid.set(i, std::numeric_limits<A>::quiet_NaN());
   }
 
   // The logit of the label; the largest of the others and its class; the largest of those that remain.
@@ -58,7 +53,7 @@ DTF_INLINE void long_row(const BoostedCE<T>& k, int64_t i, Compute<T>* z) {
   using A = Compute<T>;
   constexpr A nothing = -std::numeric_limits<A>::infinity(), nan = std::numeric_limits<A>::quiet_NaN();
   const int64_t classes = k.classes, label = k.labels[i];
-  if (wrong_label(k, i)) {
+  if (!is_class(label, classes)) {
     for_lanes<L>(0, classes,
                  [&](int64_t c, auto part) DTF_LAMBDA_INLINE { part.store(k.grad + i * classes + c, L(nan)); });
     k.loss[i] = nan;

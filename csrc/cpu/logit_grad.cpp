@@ -67,7 +67,7 @@ DTF_INLINE void ce(const LogitGradCE<T>& k, int64_t begin, int64_t end) {
   using A = Compute<T>;
   using L = Lanes<A, Bytes>;
   constexpr A nan = std::numeric_limits<A>::quiet_NaN();
-  auto invalid = [&](int64_t row) DTF_LAMBDA_INLINE { return k.labels[row] < 0 || k.labels[row] >= k.classes; };
+  auto invalid = [&](int64_t row) DTF_LAMBDA_INLINE { return !is_class(k.labels[row], k.classes); };
   softmax_minus<L>(
       k.logits, k.grad, k.classes, begin, end,
       [&](RowBlock<T, L>& exps, L inverse_sum, int64_t first, int64_t count) DTF_LAMBDA_INLINE {

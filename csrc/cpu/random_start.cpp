@@ -54,12 +54,9 @@ DTF_INLINE void draw(A (&values)[kWords], int64_t group, uint32_t kind, int64_t 
   using L = Lanes<A, Bytes>;
   uint32_t block[kBlocks];
   for (int i = 0; i < kBlocks; ++i) block[i] = static_cast<uint32_t>(group * kBlocks + i);
-  Words<Bytes> c[4];
-  std::memcpy(c[0].part, block, sizeof block);
-  c[1] = Words<Bytes>(kind);
-  c[2] = Words<Bytes>(static_cast<uint32_t>(index));
-  c[3] = Words<Bytes>(static_cast<uint32_t>(static_cast<uint64_t>(index) >> 32));
-  philox(c, {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)});
+  Words<Bytes> c[4], blocks;
+  std::memcpy(blocks.part, block, sizeof block);
+  random_words(c, blocks, kind, index, key);
   alignas(64) A words[4][kBlocks];
   for (int w = 0; w < 4; ++w) {
     std::memcpy(block, c[w].part, sizeof block);

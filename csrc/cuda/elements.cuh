@@ -95,9 +95,11 @@ void with_sample_block(int64_t size, F f) {
   if (size <= 16384) return f(SampleBlock<256>{});
   f(SampleBlock<1024>{});
 }
-template <typename Block>
-Geometry sample_geometry(int64_t samples, const Queue& queue, int64_t shared_bytes = 0) {
-  return {grid_for(samples, 1, queue), 1, Block::threads, shared_bytes};
+// Queues a kernel over samples, in blocks of that size.
+template <typename Block, typename Arguments>
+void start_samples(Block, void (*kernel)(Arguments, int64_t), const Arguments& k, int64_t samples, const Queue& queue,
+                   int64_t shared_bytes = 0) {
+  start(kernel, Geometry{grid_for(samples, 1, queue), 1, Block::threads, shared_bytes}, queue.stream, k, samples);
 }
 template <typename Body>
 DTF_DEVICE void for_samples(int64_t samples, Body body) {

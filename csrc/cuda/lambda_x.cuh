@@ -33,10 +33,8 @@ lambda_x(LambdaX<T> k, int64_t samples) {
 
 template <typename T>
 void enqueue(const LambdaX<T>& k, int64_t samples, const Queue& queue) {
-  with_sample_block(k.size, [&](auto block) {
-    using Block = decltype(block);
-    start(&lambda_x<T, Block>, sample_geometry<Block>(samples, queue), queue.stream, k, samples);
-  });
+  with_sample_block(k.size,
+                    [&](auto block) { start_samples(block, &lambda_x<T, decltype(block)>, k, samples, queue); });
 }
 
 }  // namespace dtf

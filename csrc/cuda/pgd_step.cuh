@@ -84,9 +84,8 @@ void enqueue(const PGDStepLinf<T>& k, int64_t elements, const Queue& queue) {
 template <typename T>
 void enqueue(const PGDStepL2<T>& k, int64_t samples, const Queue& queue) {
   with_sample_block(k.size, [&](auto block) {
-    using Block = decltype(block);
     const int64_t shared_bytes = step_fits<T>(k.size) ? k.size * static_cast<int64_t>(sizeof(Compute<T>)) : 0;
-    start(&pgd_step_l2<T, Block>, sample_geometry<Block>(samples, queue, shared_bytes), queue.stream, k, samples);
+    start_samples(block, &pgd_step_l2<T, decltype(block)>, k, samples, queue, shared_bytes);
   });
 }
 

@@ -106,10 +106,8 @@ random_start_l2(RandomStart<T> k, int64_t samples) {
 template <typename T>
 void enqueue(const RandomStart<T>& k, int64_t samples, const Queue& queue) {
   if (k.kind == StartKind::l2) {
-    with_sample_block(k.size, [&](auto block) {
-      using Block = decltype(block);
-      start(&random_start_l2<T, Block>, sample_geometry<Block>(samples, queue), queue.stream, k, samples);
-    });
+    with_sample_block(
+        k.size, [&](auto block) { start_samples(block, &random_start_l2<T, decltype(block)>, k, samples, queue); });
     return;
   }
   const Geometry geometry{grid_for(k.size, kStartThreads * kDraw<T>, queue), grid_for(samples, 1, queue), kStartThreads,

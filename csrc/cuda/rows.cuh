@@ -104,7 +104,7 @@ DTF_DEVICE A over_classes(int classes, A nothing, F f, Combine combine) {
 DTF_DEVICE int64_t row_label(const int64_t* labels, int64_t row, bool valid) { return valid ? labels[row] : 0; }
 template <typename A>
 DTF_DEVICE A nan_unless_class(int64_t label, int classes, A x) {
-  return select(label < 0 || label >= classes, A(NAN), x);
+  return select(is_class(label, classes), x, A(NAN));
 }
 
 // Writes f(c, item) to this lane's classes of a row.

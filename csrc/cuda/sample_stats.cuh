@@ -38,10 +38,8 @@ sample_stats(SampleStats<T> k, int64_t samples) {
 
 template <typename T>
 void enqueue(const SampleStats<T>& k, int64_t samples, const Queue& queue) {
-  with_sample_block(k.size, [&](auto block) {
-    using Block = decltype(block);
-    start(&sample_stats<T, Block>, sample_geometry<Block>(samples, queue), queue.stream, k, samples);
-  });
+  with_sample_block(k.size,
+                    [&](auto block) { start_samples(block, &sample_stats<T, decltype(block)>, k, samples, queue); });
 }
 
 }  // namespace dtf

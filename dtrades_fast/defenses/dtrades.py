@@ -66,17 +66,19 @@ class DTRADES(Defense):
         with frozen(attack_model):
             objective = attack.make_objective(attack_model, batch.images, batch.labels)
             result = attack.ascend(attack_model, batch.images, objective, batch.index, batch.key)
+            if self.lambda_gradient == "full":
+                return Crafted(result.adv)  # the loss takes the gradient again, within its graph
             if self.sensitivity_at == "last_step":
                 return Crafted(result.adv, result.last_gradient)
             with span("sensitivity"):
                 return Crafted(result.adv, input_gradient(attack_model, result.adv, objective))
 
     def loss(self, model: nn.Module, batch: Batch, crafted: Crafted) -> Loss:
-        if crafted.gradient is None:
-            raise ValueError("crafted has no gradient: pass what DTRADES.craft returned")
         gradient = crafted.gradient
         if self.lambda_gradient == "full":  # before the outer passes move the statistics of BatchNorm
             gradient = kl_gradient_in_graph(model, batch.images, crafted.adv)
+        if gradient is None:
+            raise ValueError("crafted has no gradient: pass what DTRADES.craft returned")
         clean_logits, adv_logits = outer_forward(model, batch.images, crafted.adv, self.bn_mode)
         kl = entropy_kl(clean_logits, adv_logits).kl
         weight = lambda_x(

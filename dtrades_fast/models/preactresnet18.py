@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["PreActResNet18", "he_initialise", "preact_stage"]
+from dtrades_fast.models.resnet18 import he_initialise
+
+__all__ = ["PreActResNet18", "preact_stage"]
 
 
 class PreActBlock(nn.Module):
@@ -62,10 +64,3 @@ def preact_stage(in_channels: int, channels: int, blocks: int, stride: int) -> n
     """Pre-activation blocks of which the first changes the shape."""
     rest = [PreActBlock(channels, channels, 1) for _ in range(blocks - 1)]
     return nn.Sequential(PreActBlock(in_channels, channels, stride), *rest)
-
-
-def he_initialise(network: nn.Module) -> None:
-    """N(0, 2 / (k^2 channels out)) for every convolution (He et al., 2015)."""
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

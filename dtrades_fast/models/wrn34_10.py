@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dtrades_fast.models.preactresnet18 import he_initialise, preact_stage
+from dtrades_fast.models.preactresnet18 import preact_stage
+from dtrades_fast.models.resnet18 import he_initialise
 
 __all__ = ["WRN34x10"]
 
