@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -92,6 +92,11 @@ class Attack:
     """Share of training, 0 to 1, in which epsilon and step size grow linearly from 0."""
     validation_steps: int = 10
     """Steps of the PGD (cross-entropy, step epsilon / 4) whose validation accuracy chooses the best epoch."""
+    on_masking: Literal["warn", "noise", "stop"] = "warn"
+    """When the gradients that the attack climbs seem masked: say so, or also start the attack from images with Gaussian
+    noise until they no longer do, or stop."""
+    masking_noise: float = 0.1
+    """Standard deviation of that noise in pixel units."""
 
 
 @dataclass
@@ -172,15 +177,24 @@ def _described(cls: type) -> dict[str, str]:
     return {name: text[:1].upper() + text[1:] for name, text in plain.items()}
 
 
+def _shown(kind: Any) -> str:
+    """A type as the help shows it; that an option may be None (automatic) goes without saying."""
+    if get_origin(kind) is Literal:
+        return f"{{{','.join(get_args(kind))}}}"
+    (plain,) = [part for part in get_args(kind) or (kind,) if part is not type(None)]
+    return str(plain.__name__).upper()
+
+
 def _method_option(name: str, having: Mapping[str, dataclasses.Field[Any]]) -> tuple[str, Any, Any]:
     """The field of :class:`Defense` for an option, from the methods that have it."""
     classes = {method: defenses.REGISTRY[method] for method in having}
     kinds = list(dict.fromkeys(get_type_hints(cls)[name] for cls in classes.values()))
-    shown = "|".join(f"{{{','.join(get_args(kind))}}}" if get_args(kind) else kind.__name__.upper() for kind in kinds)
+    shown = "|".join(dict.fromkeys(_shown(kind) for kind in kinds))
     texts = dict.fromkeys(text for cls in classes.values() if (text := _described(cls).get(name)))
     own: dict[str, list[str]] = {}
     for method, having_it in having.items():
-        own.setdefault(str(having_it.default), []).append(method)
+        default = "automatic" if having_it.default is None else str(having_it.default)
+        own.setdefault(default, []).append(method)
     hint = "; ".join(f"{default} for {', '.join(methods)}" for default, methods in own.items())
     given: Any = functools.reduce(operator.or_, kinds, None)
     return name, Annotated[given, option(shown, " ".join(texts), hint)], field(default=None)

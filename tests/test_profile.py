@@ -125,7 +125,7 @@ def test_the_ranges_of_a_step(data: Path, tmp_path: Path, names: list[str]) -> N
     gradient = ["forward", "logit gradient", "backward"]
     attack = ["attack", "clean prediction", "start"]
     for step in ("attack step 1", "attack step 2"):
-        attack += [step, *gradient, "pgd_step_"]
+        attack += [step, *gradient, "watch", "pgd_step_"]
     assert names == ["data", *attack, "sensitivity", *gradient, "forward", "backward", "optimizer", "figures"]
 
 

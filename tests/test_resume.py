@@ -189,7 +189,7 @@ def test_resume_refuses_other_options(data: Path, tmp_path: Path) -> None:
 def test_resume_takes_the_runs_options(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_at(monkeypatch, {1})
     with pytest.raises(Interrupted):
-        tiny_run.run(data, tmp_path, "--run", "one", "--lambda-alpha", "0.5")
+        tiny_run.run(data, tmp_path, "--run", "one", "--lambda-alpha", "0.5", "--lambda-beta", "1")
     from dtrades_fast.config import parse
     from dtrades_fast.training.trainer import train
 

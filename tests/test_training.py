@@ -155,7 +155,8 @@ def test_plan_and_expected_time(data: Path, tmp_path: Path) -> None:
     for text in (
         r"model      smallcnn, width 2: [\d,]+ parameters",
         r"data       folder:\S+: 19 images to train on, 2 to select by, 3 classes",
-        r"method     dtrades: lambda_alpha 1.0, lambda_beta 1.0",
+        r"method     dtrades: lambda_base 0.0, .* lambda_mean 6.0",
+        r"lambda 6 for 1 epochs, then calibrated to that mean, 50% of it above 0 from sensitivity",
         r"attack     linf, epsilon 8/255, 2 steps, step epsilon/4, growing over the first 50% of training",
         r"training   5 epochs of 3 steps of 8 images: 15 steps; sgd, lr 0.01, one-cycle",
         r"machine    cpu, 1 threads, operators: ",
@@ -204,20 +205,20 @@ def test_infinite_loss_stops_before_it_does_harm(data: Path, tmp_path: Path) -> 
 
 
 def test_nan_names_term_and_last_good_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dtrades_fast.defenses import dtrades
+    from dtrades_fast.defenses import trades
 
-    real, calls = dtrades.entropy_kl, [0]
+    real, calls = trades.trades_loss, [0]
 
-    def broken(*args):  # type: ignore[no-untyped-def]
+    def broken(*args, **settings):  # type: ignore[no-untyped-def]
         calls[0] += 1
-        values = real(*args)
+        values = real(*args, **settings)
         if calls[0] == 5:
-            kl = values.kl.clone()
-            kl[2:5] = math.nan
-            return values._replace(kl=kl)
+            bad = torch.full((8,), 1.0)
+            bad[2:5] = math.nan
+            return values._replace(kl=values.kl * bad, loss=values.loss * bad)
         return values
 
-    monkeypatch.setattr(dtrades, "entropy_kl", broken)
+    monkeypatch.setattr(trades, "trades_loss", broken)
     with pytest.raises(
         TrainingError, match=r"step 5 of 9 \(epoch 2\): loss is nan, .*: kl for 3 of 8 samples"
     ) as stopped:

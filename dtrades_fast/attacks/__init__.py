@@ -2,6 +2,18 @@
 
 from dtrades_fast.attacks.base import Attack, Model, eval_mode, frozen, input_gradient
 from dtrades_fast.attacks.fgsm import FGSM
-from dtrades_fast.attacks.pgd import PGD, PGDResult
+from dtrades_fast.attacks.pgd import PGD
+from dtrades_fast.attacks.watch import GradientStats, Watch, gradient_stats
 
-__all__ = ["FGSM", "PGD", "Attack", "Model", "PGDResult", "eval_mode", "frozen", "input_gradient"]
+__all__ = [
+    "FGSM",
+    "PGD",
+    "Attack",
+    "GradientStats",
+    "Model",
+    "Watch",
+    "eval_mode",
+    "frozen",
+    "gradient_stats",
+    "input_gradient",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,19 +11,12 @@ from torch import Tensor
 from dtrades_fast import rng
 from dtrades_fast.attacks.base import Attack, Model, input_gradient
 from dtrades_fast.attacks.objectives import KL, CrossEntropy, Objective, Targeted
+from dtrades_fast.attacks.watch import Watch
 from dtrades_fast.ops import pgd_step_, random_start
 from dtrades_fast.profiling import span
 
 #: Standard deviation of the start that TRADES publishes, in pixel units.
 GAUSSIAN_START = 0.001
-
-
-class PGDResult(NamedTuple):
-    """``adv`` after the last step, the gradient that step used (taken one step before), and the objective."""
-
-    adv: Tensor
-    last_gradient: Tensor | None
-    objective: Objective
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,7 @@ class PGD(Attack):
     def perturb(self, model: Model, images: Tensor, labels: Tensor, index: Tensor, key: int) -> Tensor:
         objective = self.make_objective(model, images, labels)
         if self.restarts == 1:
-            return self.ascend(model, images, objective, index, key).adv
+            return self.ascend(model, images, objective, index, key)
         return self._worst_of_restarts(model, images, labels, objective, index, key)
 
     def make_objective(self, model: Model, images: Tensor, labels: Tensor) -> Objective:
@@ -85,20 +78,41 @@ class PGD(Attack):
                 return KL(model(images).log_softmax(-1))
         return Targeted(labels) if self.targeted else CrossEntropy(labels)
 
-    def ascend(self, model: Model, images: Tensor, objective: Objective, index: Tensor, key: int) -> PGDResult:
-        """One run from one start, on a model that is already frozen.
+    def ascend(
+        self,
+        model: Model,
+        images: Tensor,
+        objective: Objective,
+        index: Tensor,
+        key: int,
+        watch: Watch | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """One run from one start, on a model that is already frozen: the adversarial images.
 
         Nothing here depends on the values of a tensor: the host waits for nothing, and a CUDA graph can hold it all.
+
+        Args:
+            model: as in :meth:`__call__`, like ``images``, ``index`` and ``key``.
+            objective: what is maximised, see :meth:`make_objective`.
+            watch: is shown each gradient with the images that it was taken at.
+            noise: [], standard deviation in pixel units of Gaussian noise that is added to the start.
         """
         step_size = self.epsilon / 4 if self.step_size is None else self.step_size
         with span("start"):
-            adv, gradient = self._start(images, index, key), None
+            adv = self._start(images, index, key)
+            if noise is not None:
+                normal = random_start(torch.zeros_like(adv), index, "gaussian", 1.0, rng.key(key, "noise"))
+                adv.add_(normal * noise)
         for step in range(self.steps):
             with span("attack step", step + 1):
                 gradient = input_gradient(model, adv, objective)
+                if watch is not None:
+                    with span("watch"):
+                        watch(adv, gradient)
                 with span("pgd_step_"):
                     pgd_step_(adv, gradient, images, step_size, self.epsilon, norm=self.norm)
-        return PGDResult(adv, gradient, objective)
+        return adv
 
     def _start(self, images: Tensor, index: Tensor, key: int) -> Tensor:
         if self.start == "clean":
@@ -120,7 +134,7 @@ class PGD(Attack):
             part = objective.select(standing)
             # The first start is that of a single run, so that more restarts never make a sample's result weaker.
             start_key = rng.key(key, "restart", restart) if restart else key
-            adv = self.ascend(model, images[standing], part, index[standing], start_key).adv
+            adv = self.ascend(model, images[standing], part, index[standing], start_key)
             with torch.no_grad():
                 logits = model(adv)
             fooled = (logits.argmax(1) == labels[standing]) == self.targeted

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from dtrades_fast.attacks import Model
-from dtrades_fast.defenses.base import Batch, Crafted, Defense, Loss, cross_entropy, details, register
+from dtrades_fast.defenses.base import Batch, Crafted, Defense, Loss, register
+from dtrades_fast.ops import ce_loss
 
 
 @register("at")
@@ -20,10 +21,9 @@ class AT(Defense):
     """Minimises the mean of ``CE(z', y)`` on adversarial images alone."""
 
     def craft(self, attack_model: Model, batch: Batch) -> Crafted:
-        attack = self.pgd(objective="ce", start="uniform")
-        return Crafted(attack(attack_model, batch.images, batch.labels, index=batch.index, key=batch.key))
+        return self.pgd(attack_model, batch, objective="ce", start="uniform")
 
     def loss(self, model: nn.Module, batch: Batch, crafted: Crafted) -> Loss:
         logits = model(crafted.adv)
-        ce = cross_entropy(logits, batch.labels)
-        return Loss(ce, details(ce=ce), adv_logits=logits.detach())
+        ce, margin = ce_loss(logits, batch.labels)
+        return Loss(ce, {"ce": ce.detach()}, adv_logits=logits.detach(), margin=margin)

@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtrades_fast.attacks import PGD, Model
+from dtrades_fast.attacks import PGD, Model, Watch, frozen, input_gradient
+from dtrades_fast.attacks.base import check_images
+from dtrades_fast.profiling import span
 
 BNMode = Literal["clean_adv", "adv_clean", "clean_adv_clean", "concat"]
 
@@ -36,20 +37,29 @@ class Batch:
         labels: [N] int64.
         index: [N] int64, each sample's id in its data set, for its random numbers.
         key: the stream of random numbers of this step.
+        epoch: how much of training lies behind, in epochs.
+        noise: [], standard deviation in pixel units of Gaussian noise on the images that the attack starts from.
     """
 
     images: Tensor
     labels: Tensor
     index: Tensor
     key: int
+    epoch: float = 0.0
+    noise: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Crafted:
-    """What crafting leaves for the loss: the adversarial images and, for D-TRADES, an input gradient of the KL."""
+    """What crafting leaves for the loss and for the monitor.
+
+    Attributes:
+        adv: the adversarial images, [N, C, H, W].
+        watch: what the input gradients of the attack said; None without an attack.
+    """
 
     adv: Tensor
-    gradient: Tensor | None = None
+    watch: Watch | None = None
 
 
 @dataclass(frozen=True)
@@ -61,12 +71,14 @@ class Loss:
         terms: per-sample values [N], detached, by name; those in the loss first.
         clean_logits: [N, classes], detached, or None if the defense makes no clean pass.
         adv_logits: [N, classes], detached, or None if it makes no adversarial pass.
+        margin: largest wrong probability minus that of the label, [N], on the adversarial images if there are any.
     """
 
     per_sample: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
     clean_logits: Tensor | None = None
     adv_logits: Tensor | None = None
+    margin: Tensor | None = None
 
     @cached_property
     def total(self) -> Tensor:
@@ -93,10 +105,41 @@ class Defense(ABC):
     def loss(self, model: nn.Module, batch: Batch, crafted: Crafted) -> Loss:
         """The loss; ``model`` is in train mode."""
 
-    def pgd(self, **settings: Any) -> PGD:
-        """PGD under this defense's threat."""
+    def describe(self, epochs: int) -> str:
+        """What is worth saying before a training of that many epochs; nothing by default."""
+        return ""
+
+    def figures(self) -> dict[str, float]:
+        """What the method has found for itself so far, for the log."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the options: tensors, numbers, lists and dicts of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`, whose tensors are on the device of training."""
+
+    def pgd(self, model: Model, batch: Batch, *, final: bool = False, **settings: Any) -> Crafted:
+        """The adversarial batch of PGD with these settings under this defense's threat.
+
+        Args:
+            model: attacked in eval mode with frozen parameters.
+            batch: what is attacked.
+            final: take the gradient once more, at the final images.
+            settings: objective and start, see :class:`~dtrades_fast.attacks.PGD`.
+        """
+        check_images(batch.images, batch.labels)
         threat = self.threat
-        return PGD(threat.epsilon, threat.steps, threat.step_size, threat.norm, **settings)
+        attack = PGD(threat.epsilon, threat.steps, threat.step_size, threat.norm, **settings)
+        watch = Watch(batch.images, threat.epsilon, threat.norm)
+        with frozen(model):
+            objective = attack.make_objective(model, batch.images, batch.labels)
+            adv = attack.ascend(model, batch.images, objective, batch.index, batch.key, watch, batch.noise)
+            if final:
+                with span("sensitivity"):
+                    watch(adv, input_gradient(model, adv, objective))
+        return Crafted(adv, watch)
 
 
 D = TypeVar("D", bound=type[Defense])
@@ -133,18 +176,3 @@ def outer_forward(model: nn.Module, clean: Tensor, adv: Tensor, bn_mode: BNMode)
         with torch.no_grad():
             model(clean)
     return clean_logits, adv_logits
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    """Losses are computed in float32, in float64 where the logits are."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """``-log p_y`` per sample, [N]."""
-    return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
-
-
-def details(**terms: Tensor) -> dict[str, Tensor]:
-    """Per-sample terms for the log, cut off from the graph."""
-    return {name: value.detach() for name, value in terms.items()}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dtrades_fast.attacks import Model
 from dtrades_fast.defenses.at import AT
-from dtrades_fast.defenses.base import Batch, BNMode, Crafted, Defense, Loss, at_least_float32, register
+from dtrades_fast.defenses.base import Batch, BNMode, Crafted, Defense, Loss, register
 from dtrades_fast.defenses.mart import MART
 from dtrades_fast.defenses.trades import TRADES
 
@@ -74,7 +74,8 @@ class FAAL(Defense):
     def loss(self, model: nn.Module, batch: Batch, crafted: Crafted) -> Loss:
         loss = self.base().loss(model, batch, crafted)
         assert loss.adv_logits is not None
-        counts, margins = class_margins(loss.adv_logits, batch.labels)
+        assert loss.margin is not None
+        counts, margins = class_means(loss.margin, batch.labels, loss.adv_logits.shape[1])
         values = margins * counts if self.margin == "count" else margins
         considered = counts > 0 if self.absent_class == "mask" else torch.ones_like(counts, dtype=torch.bool)
         weights = class_weights(values, considered, self.radius) * considered.sum()
@@ -84,17 +85,11 @@ class FAAL(Defense):
         )
 
 
-def class_margins(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples per class and their mean of (largest wrong probability - true probability), [C] each, float64.
-
-    A class without samples has margin 0.
-    """
-    p = at_least_float32(logits).softmax(-1)
-    true = labels[:, None]
-    margin = p.scatter(1, true, -torch.inf).amax(1) - p.gather(1, true)[:, 0]
-    zeros = torch.zeros(p.shape[1], dtype=torch.float64, device=p.device)
-    counts = zeros.index_add(0, labels, torch.ones_like(margin, dtype=torch.float64))
-    return counts, zeros.index_add(0, labels, margin.double()) / counts.clamp(min=1)
+def class_means(values: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Samples per class and the mean of their values, [classes] each, float64; the mean of no sample is 0."""
+    zeros = torch.zeros(classes, dtype=torch.float64, device=values.device)
+    counts = zeros.index_add(0, labels, torch.ones_like(values, dtype=torch.float64))
+    return counts, zeros.index_add(0, labels, values.double()) / counts.clamp(min=1)
 
 
 def class_weights(values: Tensor, considered: Tensor, radius: float) -> Tensor:

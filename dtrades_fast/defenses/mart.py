@@ -13,24 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from dtrades_fast.attacks import Model
-from dtrades_fast.defenses.base import (
-    Batch,
-    BNMode,
-    Crafted,
-    Defense,
-    Loss,
-    at_least_float32,
-    details,
-    outer_forward,
-    register,
-)
-from dtrades_fast.ops import boosted_ce, entropy_kl
+from dtrades_fast.defenses.base import Batch, BNMode, Crafted, Defense, Loss, outer_forward, register
+from dtrades_fast.ops import mart_loss
 
 #: What the published code adds to 1 - p'_k, which it writes 1.0001 - p'_k + 1e-12, and to the weight.
-PUBLISHED_SLACK, PUBLISHED_WEIGHT_SLACK = 1e-4 + 1e-12, 1e-7
+PUBLISHED = 1e-4 + 1e-12, 1e-7
 
 
 @register("mart")
@@ -49,20 +39,11 @@ class MART(Defense):
     bn_mode: BNMode = "clean_adv"
 
     def craft(self, attack_model: Model, batch: Batch) -> Crafted:
-        attack = self.pgd(objective="ce", start="gaussian")
-        return Crafted(attack(attack_model, batch.images, batch.labels, index=batch.index, key=batch.key))
+        return self.pgd(attack_model, batch, objective="ce", start="gaussian")
 
     def loss(self, model: nn.Module, batch: Batch, crafted: Crafted) -> Loss:
         clean_logits, adv_logits = outer_forward(model, batch.images, crafted.adv, self.bn_mode)
-        bce = boosted_ce(adv_logits, batch.labels, PUBLISHED_SLACK if self.clamps == "published" else 0.0)
-        kl = entropy_kl(clean_logits, adv_logits).kl
-        weight = wrong_probability(clean_logits, batch.labels)
-        if self.clamps == "published":
-            weight = weight + PUBLISHED_WEIGHT_SLACK
-        terms = details(bce=bce, kl=kl, weight=weight)
-        return Loss(bce + self.beta * kl * weight, terms, clean_logits.detach(), adv_logits.detach())
-
-
-def wrong_probability(logits: Tensor, labels: Tensor) -> Tensor:
-    """``1 - p_y``, [N], summed over the other classes so that no digits are lost where p_y is close to 1."""
-    return at_least_float32(logits).softmax(-1).scatter(-1, labels[:, None], 0).sum(-1)
+        slack, weight_slack = PUBLISHED if self.clamps == "published" else (0.0, 0.0)
+        loss = mart_loss(clean_logits, adv_logits, batch.labels, self.beta, slack, weight_slack)
+        terms = {"bce": loss.bce, "kl": loss.kl, "weight": loss.weight}
+        return Loss(loss.loss, terms, clean_logits.detach(), adv_logits.detach(), loss.margin)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from dtrades_fast.attacks import Model
-from dtrades_fast.defenses.base import Batch, Crafted, Defense, Loss, cross_entropy, details, register
+from dtrades_fast.defenses.base import Batch, Crafted, Defense, Loss, register
+from dtrades_fast.ops import ce_loss
 
 
 @register("standard")
@@ -23,5 +24,5 @@ class Standard(Defense):
 
     def loss(self, model: nn.Module, batch: Batch, crafted: Crafted) -> Loss:
         logits = model(batch.images)
-        ce = cross_entropy(logits, batch.labels)
-        return Loss(ce, details(ce=ce), clean_logits=logits.detach())
+        ce, margin = ce_loss(logits, batch.labels)
+        return Loss(ce, {"ce": ce.detach()}, clean_logits=logits.detach(), margin=margin)

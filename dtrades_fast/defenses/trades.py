@@ -9,22 +9,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from dtrades_fast.attacks import Model
-from dtrades_fast.defenses.base import (
-    Batch,
-    BNMode,
-    Crafted,
-    Defense,
-    Loss,
-    cross_entropy,
-    details,
-    outer_forward,
-    register,
-)
-from dtrades_fast.ops import entropy_kl
+from dtrades_fast.defenses.base import Batch, BNMode, Crafted, Defense, Loss, outer_forward, register
+from dtrades_fast.ops import trades_loss
 
 
 @register("trades")
@@ -41,18 +32,15 @@ class TRADES(Defense):
     bn_mode: BNMode = "clean_adv"
 
     def craft(self, attack_model: Model, batch: Batch) -> Crafted:
-        attack = self.pgd(objective="kl", start="gaussian")
-        return Crafted(attack(attack_model, batch.images, batch.labels, index=batch.index, key=batch.key))
+        return self.pgd(attack_model, batch, objective="kl", start="gaussian")
 
     def loss(self, model: nn.Module, batch: Batch, crafted: Crafted) -> Loss:
         clean_logits, adv_logits = outer_forward(model, batch.images, crafted.adv, self.bn_mode)
-        kl = entropy_kl(clean_logits, adv_logits).kl
-        return trades_loss(clean_logits, adv_logits, batch.labels, kl, self.beta)
+        return weighted_kl(clean_logits, adv_logits, batch.labels, base=self.beta)
 
 
-def trades_loss(
-    clean_logits: Tensor, adv_logits: Tensor, labels: Tensor, kl: Tensor, weight: Tensor | float, **extra: Tensor
-) -> Loss:
-    """``CE(z, y) + weight KL(p || p')``, where ``weight`` is one number or one per sample."""
-    ce = cross_entropy(clean_logits, labels)
-    return Loss(ce + weight * kl, details(ce=ce, kl=kl, **extra), clean_logits.detach(), adv_logits.detach())
+def weighted_kl(clean_logits: Tensor, adv_logits: Tensor, labels: Tensor, **weight: Any) -> Loss:
+    """``CE(z, y) + w KL(p || p')``, with what the weight is made of as :func:`~dtrades_fast.ops.trades_loss` has it."""
+    loss = trades_loss(clean_logits, adv_logits, labels, **weight)
+    terms = {"ce": loss.ce, "kl": loss.kl, "lambda": loss.weight, "entropy": loss.entropy}
+    return Loss(loss.loss, terms, clean_logits.detach(), adv_logits.detach(), loss.margin)

@@ -53,10 +53,7 @@ def indices(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype != torch.int64:
         raise TypeError(f"{name} must have dtype torch.int64, got {x.dtype}")
-    if x.dim() != 1 or x.shape[0] != other.shape[0]:
-        rows = other.shape[0]
-        raise ValueError(f"{name} must have shape [{rows}], one per row of {other_name}, got {list(x.shape)}")
-    on_device(name, x, other_name, other)
+    _one_per_row(name, x, other_name, other)
 
 
 def labels(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -70,6 +67,27 @@ def labels(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         wrong = low if low < 0 else high
         classes = other.shape[1]
         raise ValueError(f"{name} must lie in 0..{classes - 1} ({other_name} has {classes} classes), got {wrong}")
+
+
+def per_row(name: str, x: Tensor, dtype: torch.dtype, other_name: str, other: Tensor) -> None:
+    """[N] in ``dtype``, one entry per row of ``other``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, in which {other_name} is computed, got {x.dtype}")
+    _one_per_row(name, x, other_name, other)
+
+
+def _one_per_row(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.dim() != 1 or x.shape[0] != other.shape[0]:
+        rows = other.shape[0]
+        raise ValueError(f"{name} must have shape [{rows}], one per row of {other_name}, got {list(x.shape)}")
+    on_device(name, x, other_name, other)
+
+
+def flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def number(name: str, value: float, minimum: float = -math.inf, *, finite: bool = True) -> None:

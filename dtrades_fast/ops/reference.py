@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "boosted_ce",
+    "ce_loss",
     "entropy_kl",
     "lambda_x",
     "logit_grad_ce",
     "logit_grad_kl",
+    "mart_loss",
     "pgd_step_",
     "philox",
     "random_start",
     "sample_stats",
+    "trades_loss",
 ]
 
 
@@ -64,22 +66,30 @@ def _entropy_grad(log_p: Tensor, entropy: Tensor) -> Tensor:
     return -p * torch.where(p != 0, log_p + entropy[:, None], 0)
 
 
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    kl = _expected(log_p.exp(), log_p - log_q)
+    return torch.where(kl < 0, kl - kl.detach(), kl)  # rounding may not make it negative
+
+
+def _kl_grad(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """``dKL/dz = p (log p - log p' - KL)`` and ``dKL/dz' = p' - p``."""
+    p, difference = log_p.exp(), log_p - log_q
+    d_clean = p * torch.where(p != 0, difference - _expected(p, difference)[:, None], 0)
+    return d_clean, log_q.exp() - p
+
+
 def entropy_kl(clean_logits: Tensor, adv_logits: Tensor) -> tuple[Tensor, Tensor]:
     log_p, log_q = _wide(clean_logits).log_softmax(-1), _wide(adv_logits).log_softmax(-1)
-    kl = _expected(log_p.exp(), log_p - log_q)
-    return _entropy(log_p), torch.where(kl < 0, kl - kl.detach(), kl)  # rounding may not make it negative
+    return _entropy(log_p), _kl(log_p, log_q)
 
 
 def entropy_kl_backward(
     grad_entropy: Tensor, grad_kl: Tensor, clean_logits: Tensor, adv_logits: Tensor
 ) -> tuple[Tensor, Tensor]:
     log_p, log_q = _wide(clean_logits).log_softmax(-1), _wide(adv_logits).log_softmax(-1)
-    p, q = log_p.exp(), log_q.exp()
-    d_entropy = _entropy_grad(log_p, _entropy(log_p))
-    kl = _expected(p, log_p - log_q)
-    d_kl = p * torch.where(p != 0, log_p - log_q - kl[:, None], 0)
-    grad_clean = grad_entropy[:, None] * d_entropy + grad_kl[:, None] * d_kl
-    return grad_clean.to(clean_logits.dtype), (grad_kl[:, None] * (q - p)).to(adv_logits.dtype)
+    d_clean, d_adv = _kl_grad(log_p, log_q)
+    grad_clean = grad_entropy[:, None] * _entropy_grad(log_p, _entropy(log_p)) + grad_kl[:, None] * d_clean
+    return grad_clean.to(clean_logits.dtype), (grad_kl[:, None] * d_adv).to(adv_logits.dtype)
 
 
 def softmax_backward(grad: Tensor, logits: Tensor) -> Tensor:
@@ -102,12 +112,91 @@ def logit_grad_ce(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(target.any(-1, keepdim=True), grad, math.nan).to(logits.dtype)  # a wrong label shows
 
 
-def _rival(log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, C] masks: the label's class, and the most probable other one, the first of equals (no class if C = 1)."""
-    classes = torch.arange(log_p.shape[1], device=log_p.device)
-    target = labels[:, None] == classes
+def _known(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logits, wide; a row whose label is out of range becomes NaN, and with it all that comes of it."""
+    known = (labels >= 0) & (labels < logits.shape[1])
+    return _wide(logits) * torch.where(known, 1.0, math.nan)[:, None].to(compute_dtype(logits.dtype))
+
+
+def _at(rows: Tensor, labels: Tensor) -> Tensor:
+    """[N, C] -> [N], the label's entry of each row."""
+    return rows.gather(1, labels.clamp(0, rows.shape[1] - 1)[:, None]).squeeze(1)
+
+
+def _target(rows: Tensor, labels: Tensor) -> Tensor:
+    return labels[:, None] == torch.arange(rows.shape[1], device=rows.device)
+
+
+def _margin(log_p: Tensor, labels: Tensor) -> Tensor:
+    """``max_{k != y} p_k - p_y``; -1 with a single class."""
+    p = log_p.exp()
+    return p.masked_fill(_target(p, labels), 0).amax(1) - _at(p, labels)
+
+
+def ce_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = _known(logits, labels).log_softmax(-1)
+    return -_at(log_p, labels), _margin(log_p, labels)
+
+
+def ce_loss_backward(grad_loss: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor]:
+    p = _known(logits, labels).softmax(-1)
+    return ((grad_loss[:, None] * (p - _target(p, labels).to(p.dtype))).to(logits.dtype),)
+
+
+def trades_loss(
+    clean_logits: Tensor,
+    adv_logits: Tensor,
+    sensitivity: Tensor | None,
+    labels: Tensor,
+    base: float,
+    alpha: float,
+    beta: float,
+    minimum: float,
+    maximum: float,
+    entropy_gradient: bool,
+) -> tuple[Tensor, ...]:
+    log_p, log_q = (_known(z, labels).log_softmax(-1) for z in (clean_logits, adv_logits))
+    ce, entropy, kl = -_at(log_p, labels), _entropy(log_p), _kl(log_p, log_q)
+    weight = base + alpha * (entropy if entropy_gradient else entropy.detach())
+    if sensitivity is not None:
+        weight = weight + beta * sensitivity
+    weight = weight.clamp(minimum, maximum)
+    return ce + weight * kl, ce, kl, entropy, weight, _margin(log_q, labels)
+
+
+def trades_loss_backward(
+    grad_loss: Tensor,
+    clean_logits: Tensor,
+    adv_logits: Tensor,
+    sensitivity: Tensor | None,
+    labels: Tensor,
+    base: float,
+    alpha: float,
+    beta: float,
+    minimum: float,
+    maximum: float,
+    entropy_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    log_p, log_q = (_known(z, labels).log_softmax(-1) for z in (clean_logits, adv_logits))
+    entropy, kl = _entropy(log_p), _kl(log_p, log_q)
+    raw = base + alpha * (entropy if entropy_gradient else entropy.detach())
+    if sensitivity is not None:
+        raw = raw + beta * sensitivity
+    weight = (grad_loss * raw.clamp(minimum, maximum))[:, None]
+    inside = torch.where((raw >= minimum) & (raw <= maximum), grad_loss * kl, 0 * kl)
+    d_kl_clean, d_kl_adv = _kl_grad(log_p, log_q)
+    d_clean = grad_loss[:, None] * (log_p.exp() - _target(log_p, labels).to(log_p.dtype)) + weight * d_kl_clean
+    if entropy_gradient:
+        d_clean = d_clean + (alpha * inside)[:, None] * _entropy_grad(log_p, entropy)
+    d_sensitivity = None if sensitivity is None else beta * inside
+    return d_clean.to(clean_logits.dtype), (weight * d_kl_adv).to(adv_logits.dtype), d_sensitivity
+
+
+def _boosted(log_p: Tensor, labels: Tensor) -> Tensor:
+    """[N, C] mask of the most probable class other than the label's, the first of equals (no class if C = 1)."""
+    target = _target(log_p, labels)
     strongest = log_p.masked_fill(target, -math.inf).argmax(-1, keepdim=True)
-    return target, (classes == strongest) & ~target
+    return (strongest == torch.arange(log_p.shape[1], device=log_p.device)) & ~target
 
 
 def _rest(log_p: Tensor, boosted: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,25 +210,48 @@ def _rest(log_p: Tensor, boosted: Tensor) -> tuple[Tensor, Tensor]:
     return log_rest.masked_fill(impossible, -math.inf), others.softmax(-1).masked_fill(impossible, 0)
 
 
-def boosted_ce(logits: Tensor, labels: Tensor, slack: float) -> Tensor:
-    log_p = _wide(logits).log_softmax(-1)
-    target, boosted = _rival(log_p, labels)
-    log_rest = _rest(log_p, boosted)[0].squeeze(-1)
-    boost = (log_rest.exp() + slack).log() if slack > 0 else log_rest
-    loss = -log_p.masked_fill(~target, 0).sum(-1) - boost
-    return torch.where(target.any(-1), loss, math.nan)  # a wrong label shows
+def _boosted_ce(log_p: Tensor, labels: Tensor, slack: float) -> Tensor:
+    log_rest = _rest(log_p, _boosted(log_p, labels))[0].squeeze(-1)
+    return -_at(log_p, labels) - ((log_rest.exp() + slack).log() if slack > 0 else log_rest)
 
 
-def boosted_ce_backward(grad_loss: Tensor, logits: Tensor, labels: Tensor, slack: float) -> Tensor:
-    log_p = _wide(logits).log_softmax(-1)
-    target, boosted = _rival(log_p, labels)
+def _boosted_ce_grad(log_p: Tensor, labels: Tensor, slack: float) -> Tensor:
+    boosted = _boosted(log_p, labels)
     log_rest, rest = _rest(log_p, boosted)
     p, one_minus = log_p.exp(), log_rest.exp()
     share = one_minus / (one_minus + slack) if slack > 0 else (log_rest > -math.inf).to(p.dtype)
     p_k = p.masked_fill(~boosted, 0).sum(-1, keepdim=True)
-    grad = p - target.to(p.dtype) + share * p_k * torch.where(boosted, 1, -rest)
-    grad = torch.where(target.any(-1, keepdim=True), grad, math.nan)
-    return (grad_loss[:, None] * grad).to(logits.dtype)
+    return p - _target(p, labels).to(p.dtype) + share * p_k * torch.where(boosted, 1, -rest)
+
+
+def mart_loss(
+    clean_logits: Tensor, adv_logits: Tensor, labels: Tensor, beta: float, slack: float, weight_slack: float
+) -> tuple[Tensor, ...]:
+    log_p, log_q = (_known(z, labels).log_softmax(-1) for z in (clean_logits, adv_logits))
+    bce, kl = _boosted_ce(log_q, labels, slack), _kl(log_p, log_q)
+    weight = log_p.exp().masked_fill(_target(log_p, labels), 0).sum(-1) + weight_slack
+    return bce + beta * kl * weight, bce, kl, weight, _margin(log_q, labels)
+
+
+def mart_loss_backward(
+    grad_loss: Tensor,
+    clean_logits: Tensor,
+    adv_logits: Tensor,
+    labels: Tensor,
+    beta: float,
+    slack: float,
+    weight_slack: float,
+) -> tuple[Tensor, Tensor]:
+    log_p, log_q = (_known(z, labels).log_softmax(-1) for z in (clean_logits, adv_logits))
+    p, target = log_p.exp(), _target(log_p, labels)
+    wrong = p.masked_fill(target, 0).sum(-1, keepdim=True)  # 1 - p_y
+    d_weight = _at(p, labels)[:, None] * torch.where(target, -wrong, p)
+    weight, kl = wrong + weight_slack, _kl(log_p, log_q)[:, None]
+    d_kl_clean, d_kl_adv = _kl_grad(log_p, log_q)
+    d_clean = beta * (weight * d_kl_clean + kl * d_weight)
+    d_adv = _boosted_ce_grad(log_q, labels, slack) + beta * weight * d_kl_adv
+    grad = grad_loss[:, None]
+    return (grad * d_clean).to(clean_logits.dtype), (grad * d_adv).to(adv_logits.dtype)
 
 
 def sample_stats(

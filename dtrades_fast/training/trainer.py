@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from dtrades_fast import data, environment, models, rng
 from dtrades_fast.attacks import PGD
@@ -35,6 +36,7 @@ from dtrades_fast.profiling import span
 from dtrades_fast.training import checkpoint, schedules
 from dtrades_fast.training.average import MovingAverage
 from dtrades_fast.training.meter import Meter
+from dtrades_fast.training.monitor import Monitor
 from dtrades_fast.training.progress import Progress, duration
 from dtrades_fast.training.run_folder import RunFolder
 
@@ -44,6 +46,7 @@ MEASURED_STEPS = 3  #: timed for the expectation, after one that warms up
 LOOK_STEPS = 100  #: on a GPU, steps between looks for a loss that is not finite
 SMALLEST_SCALE = 2.0**-14  #: of the loss in fp16, 30 steps without an update below where it begins
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+MASKED = "more attack steps, a larger batch or beta, a lower --lr or --on-masking noise may help"
 LONG_SECONDS = 30 * 60  #: above it, a run on a CPU is told how to become smaller
 
 
@@ -142,6 +145,7 @@ class Trainer:
         self.ema = None if options.ema is None else MovingAverage(self.model, options.ema)
         self.step = 0  # optimizer steps done
         self.meter = Meter()
+        self.monitor = Monitor(len(sets.info.classes), config.attack.masking_noise, self.device)
         self.reading_waits = kind == "cuda"
         self.epoch_seconds = 0.0
         self.best: dict[str, float] | None = None  # epoch, na and ra of the best validation
@@ -173,6 +177,8 @@ class Trainer:
                 progress.update(self.step, epoch + 1, self.figures)
                 if self.reading_waits and self.step % LOOK_STEPS == 0:
                     self.check_sums()
+                if self.config.attack.on_masking == "stop" and (not self.reading_waits or self.step % LOOK_STEPS == 0):
+                    self.check_masking()
                 if len(timed) <= MEASURED_STEPS:
                     timed.append(seconds)
                     if len(timed) > MEASURED_STEPS:
@@ -192,24 +198,30 @@ class Trainer:
         seed = self.config.run.seed
         with span("data"):
             images, labels, ids = self.batches.get(*divmod(self.step, len(self.batches)))
-        batch = Batch(images, labels, ids, rng.key(seed, "attack", self.step))
+        epoch = self.step / len(self.batches)
+        noise = self.monitor.noise if self.config.attack.on_masking == "noise" else None
+        batch = Batch(images, labels, ids, rng.key(seed, "attack", self.step), epoch, noise)
         torch.manual_seed(rng.key(seed, "dropout", self.step))
         self.defense.threat = self.threat_at(self.step)
         network.train()
         with span("attack"):
             crafted = self.defense.craft(network, batch)
+        if crafted.watch is not None:
+            crafted.adv.requires_grad_()  # for the monitor
         with span("forward"):
             loss = self.defense.loss(network, batch, crafted)
         if not self.reading_waits:
             self.check_finite(loss)
         with span("backward"):
             self.optimizer.zero_grad(set_to_none=True)
+            scale = self.scaler.scale(self.one)
             self.scaler.scale(loss.total).backward()
         with span("optimizer"):
             self.update()
         self.step += 1
         with span("figures"):
             self.measure(loss, labels)
+            self.monitor.add(crafted, loss, labels, scale)
 
     def update(self) -> None:
         """Weights, loss scale, learning rate and moving average."""
@@ -270,6 +282,15 @@ class Trainer:
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
             self.fail(self.step, "gradients overflow in float16 whatever the loss is scaled by")
 
+    def check_masking(self) -> None:
+        """Stop while the alarm is on, as ``--on-masking stop`` asks; the state is saved for a look at it."""
+        if message := self.monitor.message():
+            self.save(self.folder.last)
+            raise TrainingError(
+                f"training stopped at step {self.step} of {self.total_steps}: {message}. The state is saved in "
+                f"{self.folder.last}. Start again: {MASKED}"
+            )
+
     def fail(self, step: int, what: str) -> NoReturn:
         at = f"step {step} of {self.total_steps} (epoch {(step - 1) // len(self.batches) + 1})"
         good = "no checkpoint had been saved yet"
@@ -299,17 +320,23 @@ class Trainer:
             "validation": {"na": na, "ra": ra},
             "seconds": self.epoch_seconds,
             "images_per_second": images_per_second,
+            "defense": self.defense.figures(),
+            "monitor": self.monitor.summary(),
         }
         means = " ".join(f"{name} {figures['mean']:.4g}" for name, figures in train.items())
+        found = "".join(f" {name} {value:.4g}" for name, value in line["defense"].items())
         self.progress.print(
             f"epoch {epoch}/{self.config.optimization.epochs}: {means} | validation na {na:.1%} ra {ra:.1%} | "
-            f"lr {lr:.3g} epsilon {self.defense.threat.epsilon:.4g} {images_per_second:.0f} images/s"
+            f"lr {lr:.3g} epsilon {self.defense.threat.epsilon:.4g}{found} {images_per_second:.0f} images/s"
         )
+        if alarms := line["monitor"]["alarms"]["steps"]:
+            self.progress.print(f"warning: gradients looked masked for {alarms} steps of this epoch: {MASKED}")
         self.folder.append_metrics(line)
         improved = self.best is None or (ra, na) > (self.best["ra"], self.best["na"])
         if improved:
             self.best = {"epoch": epoch, "na": na, "ra": ra}
         self.meter, self.epoch_seconds = Meter(), 0.0
+        self.monitor.begin_epoch()
         weights = self.deployed().state_dict()
         if improved:
             self.save(self.folder.best)
@@ -356,6 +383,8 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "meter": self.meter.sums,
+            "monitor": self.monitor.state_dict(),
+            "defense": self.defense.state_dict(),
             "best": self.best,
             "seconds": self.epoch_seconds,
         }
@@ -370,7 +399,13 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        self.meter = Meter({name: sums.to(self.device) for name, sums in state["meter"].items()})
+        self.meter = Meter(self.on_device(state["meter"]))
+        self.monitor.load_state_dict(self.on_device(state["monitor"]))
+        self.defense.load_state_dict(self.on_device(state["defense"]))
+
+    def on_device(self, state: Any) -> Any:
+        """The same containers with their tensors on the device."""
+        return tree_map_only(Tensor, lambda tensor: tensor.to(self.device), state)
 
     def wait(self) -> None:
         """Let the device finish what it was sent, before a clock is read."""
@@ -387,7 +422,8 @@ class Trainer:
         shown = [name for name in ("loss", "na", "ra", "lambda") if name in self.meter.latest]
         batch = " ".join(f"{name} {self.meter.latest_mean(name):.3g}" for name in shown)
         done = self.meter.sums["loss"][0].item()
-        return f"{batch} {done / self.epoch_seconds:.0f} images/s"
+        masked = f", {message}" if (message := self.monitor.message()) else ""
+        return f"{batch} {done / self.epoch_seconds:.0f} images/s{masked}"
 
     def plan(self) -> None:
         """What is going to happen; the expected time follows after the first steps."""
@@ -406,6 +442,8 @@ class Trainer:
             f"{len(self.sets.validation):,} to select by, {len(info.classes)} classes"
         )
         self.say(f"  method     {c.defense.method}: {method_options or 'no options'}")
+        if note := self.defense.describe(o.epochs):
+            self.say(f"             {note}")
         self.say(f"  attack     {c.attack.norm}, epsilon {c.attack.epsilon}, {c.attack.steps} steps, {size}{ramp}")
         self.say(
             f"  training   {o.epochs} epochs of {len(self.batches)} steps of {o.batch_size} images: "
