@@ -3,8 +3,8 @@
 A network may learn to hide its gradients instead of becoming robust: then the attack in training fails, accuracy under
 it rises, and a better attack breaks everything (Li et al. 2024 show it for TRADES, Wong et al. 2020 for single steps).
 Each batch is looked at after its backward pass, where the gradient of the loss at the final adversarial images comes
-for the price of one more convolution. A batch looks masked if its accuracy under attack is above ``LEARNED`` times
-chance and
+for the price of one more convolution. A batch looks masked if its accuracy under attack is above chance by more than
+the share ``LEARNED`` of what there is to learn, and
 
 - ``fosc``: the attack is far from its optimum (relative FOSC above ``FOSC``) and its gradients do not agree from step
   to step (mean cosine similarity below ``COSINE``), or
@@ -30,7 +30,7 @@ from dtrades_fast.training.meter import Meter
 
 __all__ = ["REASONS", "Monitor"]
 
-FOSC, COSINE, ZERO, ABOVE, LEARNED = 0.35, 0.4, 0.1, 0.05, 2.0
+FOSC, COSINE, ZERO, ABOVE, LEARNED = 0.35, 0.4, 0.1, 0.05, 0.1
 MEMORY, ALARM = 0.98, 0.5
 REASONS = {
     "fosc": "the attack does not converge",
@@ -108,7 +108,8 @@ class Monitor:
             above = robust - accuracy(loss.clean_logits, labels)
             self.meter.add("adv_minus_clean", above[None])
             flags["accuracy"] = above > ABOVE
-        learned = robust > LEARNED / self.classes
+        chance = 1 / self.classes
+        learned = robust > chance + LEARNED * (1 - chance)
         flags = {reason: flag & learned for reason, flag in flags.items()}
         masked = torch.stack(tuple(flags.values())).any()
         self.looks_masked.lerp_(masked.double(), 1 - MEMORY)

@@ -311,7 +311,7 @@ class Trainer:
             na, ra = self.validate()
         train = self.meter.summary()
         images_per_second = len(self.sets.train) / self.epoch_seconds
-        line = {
+        line: dict[str, Any] = {
             "epoch": epoch,
             "step": self.step,
             "lr": lr,
