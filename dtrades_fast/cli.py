@@ -37,6 +37,20 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
     return main(argv, prog)
 
 
+def plot(argv: Sequence[str], prog: str) -> int:
+    """Pictures of trained runs: curves, lambda, adversarial images."""
+    from dtrades_fast.plot.plot import main
+
+    return main(argv, prog)
+
+
+def recipes(argv: Sequence[str], prog: str) -> int:
+    """Published settings and settings for a machine: list them, or print one."""
+    from dtrades_fast.recipes import main
+
+    return main(argv, prog)
+
+
 def bench(argv: Sequence[str], prog: str) -> int:
     """Time the operators (in a checkout of the repository)."""
     script = Path(__file__).parent.parent / "bench" / "bench_ops.py"
@@ -58,6 +72,8 @@ def doctor(argv: Sequence[str], prog: str) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "train": train,
     "evaluate": evaluate,
+    "plot": plot,
+    "recipes": recipes,
     "bench": bench,
     "doctor": doctor,
 }
