@@ -45,13 +45,35 @@ struct LogitGradCE {
 };
 
 template <typename T>
-struct BoostedCE {
-  const T* logits;        // [N, C]
-  const int64_t* labels;  // [N]; a row whose label is out of range becomes NaN
-  Compute<T>* loss;       // [N]
-  T* grad;                // [N, C]
+struct CELoss {
+  const T* logits;           // [N, C]
+  const int64_t* labels;     // [N]; a row whose label is out of range becomes NaN
+  Compute<T>*loss, *margin;  // [N]
+  T* grad;                   // [N, C]
   int64_t classes;
-  double slack;  // added to 1 - p' under the logarithm
+};
+
+template <typename T>
+struct TradesLoss {
+  const T *clean, *adv;                                   // [N, C]
+  const Compute<T>* sensitivity;                          // [N], null for zeros
+  const int64_t* labels;                                  // [N]; a row whose label is out of range becomes NaN
+  Compute<T>*loss, *ce, *kl, *entropy, *weight, *margin;  // [N]
+  T *grad_clean, *grad_adv;                               // [N, C]
+  Compute<T>* grad_sensitivity;                           // [N]
+  int64_t classes;
+  double base, alpha, beta, minimum, maximum;
+  bool entropy_gradient;
+};
+
+template <typename T>
+struct MartLoss {
+  const T *clean, *adv;                          // [N, C]
+  const int64_t* labels;                         // [N]; a row whose label is out of range becomes NaN
+  Compute<T>*loss, *bce, *kl, *weight, *margin;  // [N]
+  T *grad_clean, *grad_adv;                      // [N, C]
+  int64_t classes;
+  double beta, slack, weight_slack;  // slack is added to 1 - p'_k under the logarithm, weight_slack to 1 - p_y
 };
 
 // ---- pixels -----------------------------------------------------------------------------------------------------

@@ -78,6 +78,12 @@ DTF_INLINE V entropy_of(V exp_sum, V shift) {
   return log(exp_sum) - shift / exp_sum;
 }
 
+// KL(p || p') = sum e ((z - m) - (z' - m')) / s - log s + log s'; rounding may not make it negative
+template <typename V>
+DTF_INLINE V kl_of(V difference, V exp_clean, V exp_adv) {
+  return max(difference / exp_clean - log(exp_clean) + log(exp_adv), V(0));
+}
+
 // Sums over the classes of one row of clean logits z (maximum m) and adversarial logits z' (maximum m').
 template <typename V>
 struct EntropyKLSums {
@@ -94,8 +100,7 @@ struct EntropyKLSums {
     difference = difference + weighted(e, clean - adv);
   }
   DTF_INLINE V entropy() const { return entropy_of(exp_clean, clean_shift); }
-  // KL(p || p') = sum e ((z - m) - (z' - m')) / s - log s + log s'; rounding may not make it negative
-  DTF_INLINE V kl() const { return max(difference / exp_clean - log(exp_clean) + log(exp_adv), V(0)); }
+  DTF_INLINE V kl() const { return kl_of(difference, exp_clean, exp_adv); }
 };
 
 // Gradients of grad_entropy * H(p) + grad_kl * KL(p || p') for one class.
@@ -110,8 +115,8 @@ DTF_INLINE V entropy_grad(V p, V log_p, V entropy) {
 }
 // dKL/dz = p (log p - log p' - KL), dKL/dz' = p' - p
 template <typename V>
-DTF_INLINE EntropyKLGrad<V> kl_grad(V p, V log_p, V log_q, V kl) {
-  return {weighted(p, log_p - log_q - kl), exp(log_q) - p};
+DTF_INLINE EntropyKLGrad<V> kl_grad(V p, V q, V log_p, V log_q, V kl) {
+  return {weighted(p, log_p - log_q - kl), q - p};
 }
 
 // All of the gradient of one class of one row: grad_entropy and grad_kl are what comes in from the two results, each
@@ -126,7 +131,8 @@ struct EntropyKLGradTerms {
     V log_p = clean.log_prob(clean_logit), p = exp(log_p);
     EntropyKLGrad<V> total{V(0), V(0)};
     if (has_kl) {
-      EntropyKLGrad<V> g = dtf::kl_grad(p, log_p, adv.log_prob(adv_logit), kl);
+      V log_q = adv.log_prob(adv_logit);
+      EntropyKLGrad<V> g = dtf::kl_grad(p, exp(log_q), log_p, log_q, kl);
       total = {grad_kl * g.clean, grad_kl * g.adv};
     }
     if (has_entropy) total.clean = total.clean + grad_entropy * dtf::entropy_grad(p, log_p, entropy);
@@ -159,43 +165,152 @@ DTF_INLINE V logit_grad_ce(V exp_logit, V inverse_sum, V target) {
   return exp_logit * inverse_sum - target;
 }
 
-// MART's boosted cross-entropy, with k the most probable class other than y (the first of equals; none if C = 1):
-//   BCE = -log p_y - log(1 - p_k + slack),   slack = 0 by default, 1e-4 as published
-// 1 - p_k = sum_{j != k} p_j comes from a normaliser of its own over the classes other than k, so that no digits are
-// lost where p_k is close to 1. If each of them has the logit -inf, 1 - p_k = 0, and the second term has no gradient.
-template <typename V>
-struct BoostedCERow {
-  Normaliser<V> all, rest;  // over every class, over those other than k
-  V slack;
-
-  // rest, but where no class other than k is possible one that makes their probabilities 0 instead of NaN
-  Normaliser<V> other{max(rest.maximum, V(-std::numeric_limits<typename ScalarOf<V>::type>::max())),
-                      select(rest.maximum == V(-INFINITY), V(0), rest.log_sum)};
-  V log_one_minus = (other.maximum - all.maximum) + (other.log_sum - all.log_sum);
-  V one_minus = exp(log_one_minus);
-  // (1 - p_k) / (1 - p_k + slack): what slack leaves of the second term's gradient
-  V share = select(rest.maximum == V(-INFINITY), V(0), select(slack == V(0), V(1), one_minus / (one_minus + slack)));
-
-  DTF_INLINE V loss(V label_logit) const {
-    return -all.log_prob(label_logit) - select(slack == V(0), log_one_minus, log(one_minus + slack));
-  }
-  // With r_j = p_j / (1 - p_k), the probability of j among the classes other than k:
-  //   p_k + share p_k for j = k,   (1 - p_k - share p_k) r_j - [j = y] for the others
-  DTF_INLINE V grad(V logit, V boosted_prob, V is_label, V is_boosted) const {
-    V boost = share * boosted_prob;
-    V r = exp(other.log_prob(logit));
-    return select(is_boosted == V(1), boosted_prob + boost, (one_minus - boost) * r - is_label);
-  }
-};
-
 // Whether a label names a class.
 DTF_INLINE bool is_class(int64_t label, int64_t classes) { return label >= 0 && label < classes; }
 
 // lambda(x) = clip(base + alpha H + beta ||g||, minimum, maximum)
 template <typename V>
-DTF_INLINE V lambda_x(V entropy, V sensitivity, V alpha, V beta, V base, V minimum, V maximum) {
-  return clamp(base + alpha * entropy + beta * sensitivity, minimum, maximum);
+struct Weighting {
+  V base, alpha, beta, minimum, maximum;
+
+  DTF_INLINE V unclipped(V entropy, V sensitivity) const { return base + alpha * entropy + beta * sensitivity; }
+  DTF_INLINE V clip(V weight) const { return clamp(weight, minimum, maximum); }
+};
+
+// ---- rows: training losses --------------------------------------------------------------------------------------
+
+// Of one row: the logit of its label y, and the largest of the other classes (-inf if there are none). A label that is
+// no class has the logit NaN, so that everything that comes of the row is NaN.
+template <typename V>
+struct Peaks {
+  V label, rival;
+
+  DTF_INLINE V maximum() const { return max(label, rival); }
+};
+
+// A row of logits and its label.
+template <typename V>
+struct LabelledRow {
+  Peaks<V> peaks;
+  V exp_sum;  // sum exp(z - m)
+  Normaliser<V> all{peaks.maximum(), log(exp_sum)};
+
+  // CE = -log p_y
+  DTF_INLINE V ce() const { return -all.log_prob(peaks.label); }
+  // max_{k != y} p_k - p_y
+  DTF_INLINE V margin() const { return exp(all.log_prob(peaks.rival)) - exp(all.log_prob(peaks.label)); }
+};
+
+// TRADES, and D-TRADES where alpha or beta are not 0, of one row:
+//   loss = CE(z, y) + w KL(p || p'),   w = clip(base + alpha H(p) + beta s, minimum, maximum)
+template <typename V>
+struct TradesRow {
+  EntropyKLSums<V> sums;
+  Peaks<V> clean_peaks, adv_peaks;
+  V sensitivity;
+  Weighting<V> weighting;
+  bool entropy_gradient;  // whether w depends on z in the gradient
+
+  LabelledRow<V> clean{clean_peaks, sums.exp_clean}, adv{adv_peaks, sums.exp_adv};
+  V entropy = sums.entropy(), kl = sums.kl();
+  V unclipped = weighting.unclipped(entropy, sensitivity);
+  V weight = weighting.clip(unclipped);
+  // dloss/dw where w is not clipped, else 0
+  V grad_weight = select(unclipped == weight, kl, V(0));
+
+  DTF_INLINE V loss() const { return clean.ce() + weight * kl; }
+  DTF_INLINE V grad_sensitivity() const { return weighting.beta * grad_weight; }
+  // p - onehot(y) + w dKL/dz + alpha KL dH/dz, w dKL/dz'
+  DTF_INLINE EntropyKLGrad<V> grad(V clean_logit, V adv_logit, V is_label) const {
+    V log_p = clean.all.log_prob(clean_logit), p = exp(log_p), log_q = adv.all.log_prob(adv_logit);
+    EntropyKLGrad<V> g = kl_grad(p, exp(log_q), log_p, log_q, kl);
+    V through_weight = V(0);
+    if (entropy_gradient) through_weight = weighting.alpha * grad_weight * entropy_grad(p, log_p, entropy);
+    return {p - is_label + weight * g.clean + through_weight, weight * g.adv};
+  }
+};
+
+// MART's boosted cross-entropy of one row, with k the most probable class other than y (the first of equals; none if
+// C = 1):
+//   BCE = -log p_y - log(1 - p_k + slack),   slack = 0 by default, 1e-4 as published
+// 1 - p_k = sum_{j != k} p_j comes from a sum of its own over the classes other than k, relative to their largest logit
+// (`top`, at least the lowest finite number), so that no digits are lost where p_k is close to 1. If each of them has
+// the logit -inf, 1 - p_k = 0, and the second term has no gradient.
+template <typename V>
+DTF_INLINE V finite_top(V maximum) {
+  return max(maximum, V(-std::numeric_limits<typename ScalarOf<V>::type>::max()));
 }
+template <typename V>
+struct BoostedRow {
+  Peaks<V> peaks;
+  V top, exp_rest;  // exp_rest = sum_{j != k} exp(z_j - top)
+  V slack;
+
+  V exp_boosted = exp(peaks.rival - peaks.maximum());
+  LabelledRow<V> row{peaks, exp_rest * exp(top - peaks.maximum()) + exp_boosted};
+  V boosted_prob = exp(row.all.log_prob(peaks.rival));
+  Normaliser<V> rest{top, select(exp_rest == V(0), V(0), log(exp_rest))};
+  V log_one_minus =
+      select(exp_rest == V(0), V(-INFINITY), (rest.maximum - row.all.maximum) + (rest.log_sum - row.all.log_sum));
+  V one_minus = exp(log_one_minus);
+  // (1 - p_k) / (1 - p_k + slack): what slack leaves of the second term's gradient
+  V share = select(exp_rest == V(0), V(0), select(slack == V(0), V(1), one_minus / (one_minus + slack)));
+
+  DTF_INLINE V bce() const { return row.ce() - select(slack == V(0), log_one_minus, log(one_minus + slack)); }
+  // r_j = p_j / (1 - p_k), the probability of j among the classes other than k
+  DTF_INLINE V rest_prob(V logit) const { return exp(rest.log_prob(logit)); }
+  DTF_INLINE V prob(V rest_prob, V is_boosted) const {
+    return select(is_boosted == V(1), boosted_prob, one_minus * rest_prob);
+  }
+  // p_k + share p_k for j = k,   (1 - p_k - share p_k) r_j - [j = y] for the others
+  DTF_INLINE V grad(V rest_prob, V is_label, V is_boosted) const {
+    V boost = share * boosted_prob;
+    return select(is_boosted == V(1), boosted_prob + boost, (one_minus - boost) * rest_prob - is_label);
+  }
+};
+
+// Sums over the classes of one row of clean logits z (maximum m) and adversarial logits z' (maximum m').
+template <typename V>
+struct MartSums {
+  V exp_wrong = V(0);   // sum_{c != y} e,  e = exp(z - m)
+  V difference = V(0);  // sum e ((z - m) - (z' - m'))
+  V exp_rest = V(0);    // of BoostedRow
+
+  // clean and adv relative to their maximum, rest = z' - top
+  DTF_INLINE void add(V clean, V adv, V rest, V is_label, V is_boosted) {
+    V e = exp(clean);
+    exp_wrong = exp_wrong + select(is_label == V(1), V(0), e);
+    difference = difference + weighted(e, clean - adv);
+    exp_rest = exp_rest + select(is_boosted == V(1), V(0), exp(rest));
+  }
+};
+
+// MART of one row: loss = BCE(z', y) + beta w KL(p || p'),   w = 1 - p_y + weight_slack.
+template <typename V>
+struct MartRow {
+  MartSums<V> sums;
+  Peaks<V> clean_peaks, adv_peaks;
+  V top, beta, slack, weight_slack;
+
+  BoostedRow<V> adv{adv_peaks, top, sums.exp_rest, slack};
+  V exp_label = exp(clean_peaks.label - clean_peaks.maximum());
+  V exp_clean = sums.exp_wrong + exp_label;
+  Normaliser<V> clean{clean_peaks.maximum(), log(exp_clean)};
+  V kl = kl_of(sums.difference, exp_clean, adv.row.exp_sum);
+  V label_prob = exp_label / exp_clean, wrong_prob = sums.exp_wrong / exp_clean;  // p_y, 1 - p_y
+  V weight = wrong_prob + weight_slack;
+
+  DTF_INLINE V loss() const { return adv.bce() + beta * weight * kl; }
+  // beta (w dKL/dz + KL dw/dz), dBCE/dz' + beta w dKL/dz', with dw/dz = p_y p, -p_y (1 - p_y) for the label
+  DTF_INLINE EntropyKLGrad<V> grad(V clean_logit, V adv_logit, V is_label, V is_boosted) const {
+    V log_p = clean.log_prob(clean_logit), p = exp(log_p), rest_prob = adv.rest_prob(adv_logit);
+    V q = adv.prob(rest_prob, is_boosted);
+    EntropyKLGrad<V> g = kl_grad(p, q, log_p, adv.row.all.log_prob(adv_logit), kl);
+    V weight_grad = label_prob * select(is_label == V(1), -wrong_prob, p);
+    return {beta * (weight * g.clean + kl * weight_grad),
+            adv.grad(rest_prob, is_label, is_boosted) + beta * weight * g.adv};
+  }
+};
 
 // ---- pixels: projection, stationarity, random numbers -----------------------------------------------------------
 

@@ -31,7 +31,7 @@ DEFAULT_METHOD = "dtrades"
 #: Options that say where a run is kept and how to start it, not what it computes; they are not stored with it.
 NOT_STORED = ("recipe", "preset", "runs_dir", "run", "resume", "overwrite")
 #: Options that may differ on resume, because they change no bit of the result.
-MAY_DIFFER = ("checkpoint_minutes", "data_root")
+MAY_DIFFER = ("checkpoint_minutes", "data_root", "track")
 
 
 def option(kind: str, help: str, default: str) -> Any:
@@ -168,6 +168,8 @@ class Run:
     """Use deterministic algorithms only; on CUDA, resuming gives the same bits only with it."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints within an epoch; the end of an epoch always has one."""
+    track: Literal["none", "tensorboard"] = "none"
+    """Also log each epoch's figures for TensorBoard, into RUN/tensorboard."""
 
 
 def _described(cls: type) -> dict[str, str]:

@@ -26,11 +26,12 @@ DTF_INLINE void forward(const EntropyKLForward<T>& k, int64_t begin, int64_t end
       [&](int64_t row) DTF_LAMBDA_INLINE {
         const T *clean = k.clean + row * k.classes, *adv = k.adv + row * k.classes;
         constexpr A nothing = -std::numeric_limits<A>::infinity();
-        A clean_max = row_maximum<L>(clean, k.classes), adv_max = row_maximum<L>(adv, k.classes);
+        const A clean_max = row_maximum<L>(clean, k.classes), adv_max = row_maximum<L>(adv, k.classes);
+        const L clean_shift = L::all(clean_max), adv_shift = L::all(adv_max);
         EntropyKLSums<L> lanes;
         for_lanes<L>(0, k.classes, [&](int64_t c, auto part) DTF_LAMBDA_INLINE {
           prefetch(clean + k.classes + c), prefetch(adv + k.classes + c);
-          lanes.add(part.load(clean + c, nothing) - L(clean_max), part.load(adv + c, nothing) - L(adv_max));
+          lanes.add(part.load(clean + c, nothing) - clean_shift, part.load(adv + c, nothing) - adv_shift);
         });
         EntropyKLSums<A> sums{sum(lanes.exp_clean), sum(lanes.exp_adv), sum(lanes.clean_shift), sum(lanes.difference)};
         k.entropy[row] = sums.entropy();
@@ -72,12 +73,12 @@ DTF_INLINE void backward(const EntropyKLBackward<T>& k, int64_t begin, int64_t e
       },
       [&](int64_t row) DTF_LAMBDA_INLINE {
         const A* n = k.normalisers + 4 * row;
-        EntropyKLGradTerms<L> terms{has_entropy ? L(k.grad_entropy[row]) : L(0),
-                                    has_kl ? L(k.grad_kl[row]) : L(0),
-                                    L(k.entropy[row]),
-                                    L(k.kl[row]),
-                                    {L(n[0]), L(n[1])},
-                                    {L(n[2]), L(n[3])},
+        EntropyKLGradTerms<L> terms{L::all(has_entropy ? k.grad_entropy[row] : A(0)),
+                                    L::all(has_kl ? k.grad_kl[row] : A(0)),
+                                    L::all(k.entropy[row]),
+                                    L::all(k.kl[row]),
+                                    {L::all(n[0]), L::all(n[1])},
+                                    {L::all(n[2]), L::all(n[3])},
                                     has_entropy,
                                     has_kl};
         int64_t start = row * k.classes;

@@ -32,14 +32,14 @@ DTF_INLINE void softmax_minus(const T* logits, T* grad, int64_t classes, int64_t
       [&](int64_t row) DTF_LAMBDA_INLINE {
         const T* z = logits + row * classes;
         constexpr A nothing = -std::numeric_limits<A>::infinity();
-        L m(row_maximum<L>(z, classes)), total(0);
+        L m = L::all(row_maximum<L>(z, classes)), total(0);
         for_lanes<L>(0, classes, [&](int64_t c, auto part) DTF_LAMBDA_INLINE {
           L e = exp(part.load(z + c, nothing) - m);
           prefetch(z + classes + c);
           part.store(exps.get() + c, e);
           total = total + e;
         });
-        L inverse_sum = L(A(1) / sum(total));
+        L inverse_sum = L::all(A(1) / sum(total));
         for_lanes<L>(0, classes, [&](int64_t c, auto part) DTF_LAMBDA_INLINE {
           part.store(grad + row * classes + c, finish_row(part.load(exps.get() + c, A(0)), inverse_sum, row, c, part));
         });
@@ -71,20 +71,15 @@ DTF_INLINE void ce(const LogitGradCE<T>& k, int64_t begin, int64_t end) {
   softmax_minus<L>(
       k.logits, k.grad, k.classes, begin, end,
       [&](RowBlock<T, L>& exps, L inverse_sum, int64_t first, int64_t count) DTF_LAMBDA_INLINE {
-        L labels(-1);
-        for (int64_t i = 0; i < count; ++i) {
-          labels.set(i, static_cast<A>(k.labels[first + i]));
-          if (invalid(first + i)) inverse_sum.set(i, nan);
-        }
-        for (int64_t c = 0; c < k.classes; ++c)
-          exps.set(c, logit_grad_ce(exps[c], inverse_sum, select(labels == L(c), L(1), L(0))));
+        const BlockLabels<L> labels(k.labels + first, count, k.classes);
+        inverse_sum = select(labels.missing == labels.missing, inverse_sum, labels.missing);
+        for_classes<L>(k.classes, [&](int64_t c, L number) DTF_LAMBDA_INLINE {
+          exps.set(c, logit_grad_ce(exps[c], inverse_sum, labels.is(number)));
+        });
       },
       [&](L e, L inverse_sum, int64_t row, int64_t c, auto) DTF_LAMBDA_INLINE {
         if (invalid(row)) return L(nan);
-        L target(0);
-        int64_t lane = k.labels[row] - c;
-        if (lane >= 0 && lane < L::width) target.set(lane, A(1));
-        return logit_grad_ce(e, inverse_sum, target);
+        return logit_grad_ce(e, inverse_sum, one_at<L>(k.labels[row], c));
       });
 }
 

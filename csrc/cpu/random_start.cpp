@@ -19,12 +19,12 @@ struct Words {
   typename BitsOf<Bytes>::Wide part[parts];
 
   Words() = default;
-  DTF_INLINE explicit Words(uint32_t word) { DTF_EACH_PART(p) part[p] = word - typename BitsOf<Bytes>::Wide{}; }
+  DTF_INLINE explicit Words(uint32_t word) { DTF_EACH_PART(part[p] = word - typename BitsOf<Bytes>::Wide{}); }
 };
 template <int B>
 DTF_INLINE Words<B> operator^(Words<B> a, Words<B> b) {
   constexpr int parts = Words<B>::parts;
-  DTF_EACH_PART(p) a.part[p] = a.part[p] ^ b.part[p];
+  DTF_EACH_PART(a.part[p] = a.part[p] ^ b.part[p]);
   return a;
 }
 template <int B>
@@ -34,7 +34,7 @@ DTF_INLINE Words<B> operator^(Words<B> a, uint32_t b) {
 template <int B>
 DTF_INLINE Words<B> operator*(Words<B> a, uint32_t b) {
   constexpr int parts = Words<B>::parts;
-  DTF_EACH_PART(p) a.part[p] = a.part[p] * b;
+  DTF_EACH_PART(a.part[p] = a.part[p] * b);
   return a;
 }
 template <int B>

@@ -15,8 +15,8 @@ struct SumOfSquares {
   DTF_INLINE void add(Lanes<float, Bytes> x) {
     constexpr int parts = D::parts;
     D a, b;
-    DTF_EACH_PART(p) a.part[p] = widen(x.part[p / 2], p % 2);
-    DTF_EACH_PART(p) b.part[p] = widen(x.part[(parts + p) / 2], (parts + p) % 2);
+    DTF_EACH_PART(a.part[p] = widen(x.part[p / 2], p % 2));
+    DTF_EACH_PART(b.part[p] = widen(x.part[(parts + p) / 2], (parts + p) % 2));
     low = low + a * a;
     high = high + b * b;
   }

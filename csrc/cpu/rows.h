@@ -1,15 +1,18 @@
 // Rows of logits [N, C] in vector lanes.
 //
-// Few classes (C <= 64): a lane is a row. A block of rows is transposed into class-major order, then every operation on
-// class c works on all rows of the block. Many classes: a lane is a class, and a row is a loop over vectors.
-// Either way a row's arithmetic does not depend on the rows around it.
+// Few classes (C <= 128): a lane is a row. A block of rows is transposed into class-major order, then every operation
+// on class c works on all rows of the block. Many classes: a lane is a class, and a row is a loop over vectors. Either
+// way a row's arithmetic does not depend on the rows around it.
 #pragma once
+
+#include <algorithm>
+#include <array>
 
 #include "simd.h"
 
 namespace dtf {
 
-constexpr int64_t kMaxClassesLaneIsRow = 64;
+constexpr int64_t kMaxClassesLaneIsRow = 128;
 
 // Lanes index... of the concatenation of a and b.
 #if defined(__clang__) || __GNUC__ >= 12
@@ -129,14 +132,15 @@ struct RowBlock {
   DTF_INLINE void transpose_fours(const A* rows, Offset offset, int64_t classes) {
     for (int64_t next = 0; next < classes; next += 4) {
       const int64_t c = next + 4 <= classes ? next : classes - 4;
-      DTF_EACH_PART(p) {
+      auto transpose_part = [&](int p) DTF_LAMBDA_INLINE {
         Native r[4];
         for (int i = 0; i < 4; ++i)
           r[i] =
               gather<fours>([&](int j) DTF_LAMBDA_INLINE { return rows + offset(p * L::part_width + 4 * j + i) + c; });
         transpose_4x4(r, Indices{});
         for (int i = 0; i < 4; ++i) std::memcpy(values + (c + i) * L::width + p * L::part_width, &r[i], sizeof(Native));
-      }
+      };
+      DTF_EACH_PART(transpose_part(p));
     }
   }
   DTF_INLINE void transpose_back(A* rows, int64_t count, int64_t classes) const {
@@ -150,7 +154,7 @@ struct RowBlock {
   DTF_INLINE void transpose_fours_back(A* rows, int64_t count, int64_t classes) const {
     for (int64_t next = 0; next < classes; next += 4) {
       const int64_t c = next + 4 <= classes ? next : classes - 4;
-      DTF_EACH_PART(p) {
+      auto transpose_part = [&](int p) DTF_LAMBDA_INLINE {
         Native r[4];
         for (int i = 0; i < 4; ++i) std::memcpy(&r[i], values + (c + i) * L::width + p * L::part_width, sizeof(Native));
         transpose_4x4(r, Indices{});
@@ -159,7 +163,8 @@ struct RowBlock {
             const int64_t row = p * L::part_width + 4 * j + i;
             if (row < count) std::memcpy(rows + row * classes + c, &x, sizeof x);
           });
-      }
+      };
+      DTF_EACH_PART(transpose_part(p));
     }
   }
 };
@@ -171,9 +176,51 @@ DTF_INLINE L row_maximum(const RowBlock<T, L>& block, int64_t classes) {
   for (int64_t c = 1; c < classes; ++c) m = max(m, block[c]);
   return m;
 }
+// The labels of a block of rows. A class's number is exact in a lane, too.
+template <typename L>
+struct BlockLabels {
+  using A = typename L::Scalar;
+  L index, missing;  // missing: -inf, or NaN where the label is no class
+
+  DTF_INLINE BlockLabels(const int64_t* labels, int64_t count, int64_t classes) {
+    constexpr A nothing = -std::numeric_limits<A>::infinity(), nan = std::numeric_limits<A>::quiet_NaN();
+    alignas(64) A numbers[L::width], starts[L::width];
+    for (int64_t i = 0; i < L::width; ++i) {
+      const int64_t label = labels[i < count ? i : count - 1];
+      numbers[i] = static_cast<A>(label);
+      starts[i] = is_class(label, classes) ? nothing : nan;
+    }
+    index = load<L>(numbers), missing = load<L>(starts);
+  }
+  // 1 where `number` is the label's, else 0
+  DTF_INLINE L is(L number) const { return select(index == number, L(1), L(0)); }
+};
+// Calls step(c, number) for each class, `number` being c in all lanes.
+template <typename L, typename Step>
+DTF_INLINE void for_classes(int64_t classes, Step step) {
+  L number(0);
+  for (int64_t c = 0; c < classes; ++c) {
+    step(c, number);
+    number = number + L(1);
+  }
+}
+
 // Asks for a part of the next long row while this one is computed: its maximum, which is memory-bound, then runs from
 // the cache. Beyond the last row it does nothing.
 DTF_INLINE void prefetch(const void* address) { __builtin_prefetch(address); }
+
+// 1 in the lane of class `index`, if it is among the lanes from class c on.
+template <typename L>
+DTF_INLINE L one_at(int64_t index, int64_t c) {
+  constexpr int width = L::width;
+  using Window = std::array<typename L::Scalar, 2 * width + 1>;
+  static constexpr Window window = [] {
+    Window zeros{};
+    zeros[width] = 1;
+    return zeros;
+  }();
+  return load<L>(window.data() + width - std::clamp<int64_t>(index - c, -1, width));
+}
 
 // Maximum of one long row.
 template <typename L, typename T>

@@ -18,8 +18,21 @@
 
 // For lambdas, which would otherwise not be compiled for the instruction set of the kernel around them.
 #define DTF_LAMBDA_INLINE __attribute__((always_inline))
-// Loops over the registers of a Lanes.
-#define DTF_EACH_PART(p) _Pragma("GCC unroll 4") for (int p = 0; p < parts; ++p)
+// The statement for each register p of a Lanes. Not a loop: GCC takes four times as long to compile those.
+#define DTF_PART(i, ...) \
+  do {                   \
+    constexpr int p = i; \
+    __VA_ARGS__;         \
+  } while (false)
+#define DTF_EACH_PART(...)                             \
+  do {                                                 \
+    DTF_PART(0, __VA_ARGS__);                          \
+    if constexpr (parts > 1) DTF_PART(1, __VA_ARGS__); \
+    if constexpr (parts > 2) {                         \
+      DTF_PART(2, __VA_ARGS__);                        \
+      DTF_PART(3, __VA_ARGS__);                        \
+    }                                                  \
+  } while (false)
 
 // A kernel is a struct of arguments `Kernel<T>` (arguments.h) and a function body<Bytes>(kernel, begin, end) over a
 // range of rows, samples or elements; these make it callable as run(kernel, begin, end) for each dtype, compiled for
@@ -80,10 +93,20 @@ struct Lanes {
   Native part[parts];
 
   Lanes() = default;
+  // For constants; see `all` for others.
   template <typename S>
     requires std::is_arithmetic_v<S>
   DTF_INLINE explicit(false) Lanes(S scalar) {
-    DTF_EACH_PART(p) part[p] = static_cast<T>(scalar) - Native{};
+    DTF_EACH_PART(part[p] = static_cast<T>(scalar) - Native{});
+  }
+  // The same in all lanes, through memory, which ends as one instruction. GCC would take `x - Native{}` apart lane by
+  // lane, unless x is a constant, before it is inlined where registers of this size are known.
+  static DTF_INLINE Lanes all(T x) {
+    T lane[part_width];
+    for (T& each : lane) each = x;
+    Lanes result;
+    DTF_EACH_PART(std::memcpy(&result.part[p], lane, sizeof result.part[p]));
+    return result;
   }
   // One lane; slow, for what happens once per row.
   DTF_INLINE void set(int i, T value) { part[i / part_width][i % part_width] = value; }
@@ -103,7 +126,7 @@ void store(T* to, L x);
   template <typename T, int B>                                       \
   DTF_INLINE Lanes<T, B> operator op(Lanes<T, B> a, Lanes<T, B> b) { \
     constexpr int parts = Lanes<T, B>::parts;                        \
-    DTF_EACH_PART(p) a.part[p] = a.part[p] op b.part[p];             \
+    DTF_EACH_PART(a.part[p] = a.part[p] op b.part[p]);               \
     return a;                                                        \
   }
 DTF_BINARY(+)
@@ -116,7 +139,7 @@ DTF_BINARY(/)
   DTF_INLINE typename Lanes<T, B>::Mask operator op(Lanes<T, B> a, Lanes<T, B> b) { \
     constexpr int parts = Lanes<T, B>::parts;                                       \
     typename Lanes<T, B>::Mask mask;                                                \
-    DTF_EACH_PART(p) mask.part[p] = a.part[p] op b.part[p];                         \
+    DTF_EACH_PART(mask.part[p] = a.part[p] op b.part[p]);                           \
     return mask;                                                                    \
   }
 DTF_COMPARE(<)
@@ -128,7 +151,7 @@ DTF_COMPARE(==)
 template <typename T, int B, typename F>
 DTF_INLINE Lanes<T, B> map(Lanes<T, B> x, F f) {
   constexpr int parts = Lanes<T, B>::parts;
-  DTF_EACH_PART(p) x.part[p] = f(x.part[p]);
+  DTF_EACH_PART(x.part[p] = f(x.part[p]));
   return x;
 }
 // f(lane) for each lane of x.
@@ -147,7 +170,7 @@ DTF_INLINE Lanes<T, B> operator-(Lanes<T, B> x) {
 template <typename T, int B>
 DTF_INLINE Lanes<T, B> select(typename Lanes<T, B>::Mask condition, Lanes<T, B> yes, Lanes<T, B> no) {
   constexpr int parts = Lanes<T, B>::parts;
-  DTF_EACH_PART(p) yes.part[p] = condition.part[p] ? yes.part[p] : no.part[p];
+  DTF_EACH_PART(yes.part[p] = condition.part[p] ? yes.part[p] : no.part[p]);
   return yes;
 }
 template <typename T, int B>
@@ -294,32 +317,36 @@ DTF_INLINE auto narrow(typename BitsOf<B>::Float x, Half) {  // to nearest even,
 
 template <typename L, typename T>
 DTF_INLINE L load(const T* from) {
-  constexpr int parts = L::parts;
-  L x;
-  if constexpr (sizeof(T) == 2) {
-    constexpr int bytes = sizeof(x.part[0]);
-    DTF_EACH_PART(p) {
+  constexpr int parts = L::parts, bytes = sizeof(typename L::Native);
+  auto part = [&](int p) DTF_LAMBDA_INLINE {
+    if constexpr (sizeof(T) == 2) {
       typename BitsOf<bytes>::Narrow raw;
       std::memcpy(&raw, from + p * L::part_width, sizeof raw);
-      x.part[p] = widen<bytes>(raw, T{});
+      return widen<bytes>(raw, T{});
+    } else {
+      typename L::Native raw;
+      std::memcpy(&raw, from + p * L::part_width, sizeof raw);
+      return raw;
     }
-  } else {
-    DTF_EACH_PART(p) std::memcpy(&x.part[p], from + p * L::part_width, sizeof x.part[p]);
-  }
+  };
+  L x;
+  DTF_EACH_PART(x.part[p] = part(p));
   return x;
 }
 template <typename L, typename T>
 DTF_INLINE void store(T* to, L x) {
-  constexpr int parts = L::parts;
-  if constexpr (sizeof(T) == 2) {
-    constexpr int bytes = sizeof(x.part[0]);
-    DTF_EACH_PART(p) {
-      typename BitsOf<bytes>::Narrow raw = narrow<bytes>(x.part[p], T{});
-      std::memcpy(to + p * L::part_width, &raw, sizeof raw);
-    }
-  } else {
-    DTF_EACH_PART(p) std::memcpy(to + p * L::part_width, &x.part[p], sizeof x.part[p]);
-  }
+  constexpr int parts = L::parts, bytes = sizeof(typename L::Native);
+  auto raw = [&](int p) DTF_LAMBDA_INLINE {
+    if constexpr (sizeof(T) == 2)
+      return narrow<bytes>(x.part[p], T{});
+    else
+      return x.part[p];
+  };
+  auto store_part = [&](int p) DTF_LAMBDA_INLINE {
+    auto part = raw(p);
+    std::memcpy(to + p * L::part_width, &part, sizeof part);
+  };
+  DTF_EACH_PART(store_part(p));
 }
 
 // memcpy of fewer than 16 elements: a call or a string instruction would cost more than the arithmetic on a row's tail.

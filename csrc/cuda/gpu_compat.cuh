@@ -27,6 +27,11 @@ struct Geometry {
 #include <cuda_runtime.h>
 
 #define DTF_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, (max_threads) < 1024 ? 0 : 1)
+// With a thread's share of a row in registers: up to 128 of them, 256 with doubles, of the 65,536 of a multiprocessor.
+// Unless told how many blocks are to find theirs, the compiler takes more in one kernel and spills in the next.
+#define DTF_ROW_KERNEL(T, Shape)                    \
+  __global__ void __launch_bounds__(Shape::threads, \
+                                    65536 / (Shape::threads * (sizeof(dtf::Compute<T>) < 8 ? 128 : 256)))
 #define DTF_DEVICE __device__ __forceinline__
 #define DTF_SHARED(type, name, count) __shared__ type name[count]
 #define DTF_DYNAMIC_SHARED(type, name)           \

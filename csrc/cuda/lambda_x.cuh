@@ -25,8 +25,8 @@ lambda_x(LambdaX<T> k, int64_t samples) {
     if (threadIdx.x == 0) {
       k.entropy[sample] = entropy;
       k.sensitivity[sample] = sensitivity;
-      k.value[sample] =
-          dtf::lambda_x(entropy, sensitivity, A(k.alpha), A(k.beta), A(k.base), A(k.minimum), A(k.maximum));
+      const Weighting<A> lambda{A(k.base), A(k.alpha), A(k.beta), A(k.minimum), A(k.maximum)};
+      k.value[sample] = lambda.clip(lambda.unclipped(entropy, sensitivity));
     }
   });
 }

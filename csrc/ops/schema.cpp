@@ -12,8 +12,19 @@ STABLE_TORCH_LIBRARY(dtrades_fast, m) {
   // softmax(z') - exp(log p), softmax(z) - onehot(y): [N, C]
   m.def("logit_grad_kl(Tensor adv, Tensor clean_log_probs) -> Tensor");
   m.def("logit_grad_ce(Tensor logits, Tensor labels) -> Tensor");
-  // -log p_y - log(1 - p_k + slack) [N], k the most probable class other than y, and its gradient [N, C]
-  m.def("boosted_ce(Tensor logits, Tensor labels, float slack) -> (Tensor loss, Tensor grad)");
+  // losses [N], their figures [N], their gradients; margin = max_{k != y} p_k - p_y, of the adversarial row
+  // CE = -log p_y
+  m.def("ce_loss(Tensor logits, Tensor labels) -> (Tensor loss, Tensor margin, Tensor grad)");
+  // CE(z, y) + w KL, w = clip(base + alpha H + beta s, minimum, maximum)
+  m.def(
+      "trades_loss(Tensor clean, Tensor adv, Tensor? sensitivity, Tensor labels, float base, float alpha, float beta, "
+      "float minimum, float maximum, bool entropy_gradient) -> (Tensor loss, Tensor ce, Tensor kl, Tensor entropy, "
+      "Tensor weight, Tensor margin, Tensor grad_clean, Tensor grad_adv, Tensor grad_sensitivity)");
+  // BCE + beta w KL, BCE = -log p'_y - log(1 - p'_k + slack), w = 1 - p_y + weight_slack, k the most probable class of
+  // p' other than y
+  m.def(
+      "mart_loss(Tensor clean, Tensor adv, Tensor labels, float beta, float slack, float weight_slack) -> (Tensor "
+      "loss, Tensor bce, Tensor kl, Tensor weight, Tensor margin, Tensor grad_clean, Tensor grad_adv)");
   // ||g||_2, ||g||_1, ||g||_inf, sum_i max(g_i (hi_i - x'_i), g_i (lo_i - x'_i)): [N] each
   m.def(
       "sample_stats(Tensor grad, Tensor adv, Tensor clean, float epsilon, float lower, float upper) -> "

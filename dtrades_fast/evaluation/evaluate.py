@@ -9,49 +9,50 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import dtrades_fast
 from dtrades_fast import config as configuration
 from dtrades_fast import data, environment, rng
 from dtrades_fast.attacks import FGSM, PGD
-from dtrades_fast.config import option
+from dtrades_fast.config import Config, option
 from dtrades_fast.evaluation import metrics
 from dtrades_fast.pixels import pixels
 from dtrades_fast.training import checkpoint
 from dtrades_fast.training.run_folder import RunFolder
 from dtrades_fast.training.trainer import create_model
 
-__all__ = ["Options", "evaluate", "main", "make_attack"]
+__all__ = [
+    "Options",
+    "RunOptions",
+    "TrainedRun",
+    "evaluate",
+    "find_run",
+    "load_run",
+    "main",
+    "make_attack",
+    "parse",
+]
 
 FILE_WIDTH = 132  #: characters of the tables where the output is not a terminal
 
 
 @dataclass
-class Options:
-    """Accuracy of runs, clean and under attack: writes RUN/eval.json and prints one table over all of them."""
+class RunOptions:
+    """Which runs to look at, and how: the options that commands on trained runs share."""
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders, or names of runs in --runs-dir."""
-    attacks: str = "fgsm,pgd20"
-    """Attacks, separated by commas: fgsm, pgdK (K steps), pgdK-rR (R restarts), pgdK-l2, pgdK-rR-l2."""
-    checkpoint: Literal["best", "last"] = "best"
-    """Weights of the best epoch (by validation) or of the last one."""
-    split: Literal["test", "validation"] = "test"
-    """Images to evaluate on."""
-    epsilon: Annotated[str | None, option("STR", "Radius in pixel units, e.g. 8/255.", "the run's")] = None
-    step_size: Annotated[str | None, option("STR", "Size of a PGD step in pixel units.", "epsilon / 4")] = None
-    limit: Annotated[int | None, option("INT", "Images, the same share of each class.", "all")] = None
+    limit: Annotated[int | None, option("INT", "Images to look at, the same share of each class.", "all")] = None
     batch_size: int = 256
     """Images at a time; it does not change the result."""
-    seed: int = 0
-    """Seed of the attacks' random starts."""
     runs_dir: str = "runs"
     """Folder in which names of runs are looked for."""
     data_root: Annotated[str | None, option("STR", "Folder of the data sets.", "the run's")] = None
@@ -60,15 +61,31 @@ class Options:
     threads: Annotated[int | None, option("INT", "CPU threads.", "the physical cores")] = None
 
 
+@dataclass
+class Options(RunOptions):
+    """Accuracy of runs, clean and under attack: writes RUN/eval.json and prints one table over all of them."""
+
+    attacks: str = "fgsm,pgd20"
+    """Attacks, separated by commas: fgsm, pgdK (K steps), pgdK-rR (R restarts), pgdK-l2, pgdK-rR-l2."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Weights of the best epoch (by validation) or of the last one."""
+    split: Literal["test", "validation"] = "test"
+    """Images to evaluate on."""
+    epsilon: Annotated[str | None, option("STR", "Radius in pixel units, e.g. 8/255.", "the run's")] = None
+    step_size: Annotated[str | None, option("STR", "Size of a PGD step in pixel units.", "epsilon / 4")] = None
+    seed: int = 0
+    """Seed of the attacks' random starts."""
+
+
+Asked = TypeVar("Asked", bound=RunOptions)
+
+
 def main(argv: Sequence[str], prog: str) -> int:
     """The sub-command ``evaluate``."""
-    options = tyro.cli(Options, args=list(argv), prog=prog)
-    if not options.runs:
-        raise ValueError(f"{prog} needs at least one run: its folder, or its name in --runs-dir")
+    options = parse(Options, argv, prog)
     console = Console()
     if not console.is_terminal:
         console.width = FILE_WIDTH
-    torch.set_num_threads(options.threads or environment.physical_cores())
     folders = [find_run(name, options.runs_dir) for name in options.runs]
     records = [evaluate(folder, options) for folder in folders]
     for folder, record in zip(folders, records, strict=True):
@@ -77,6 +94,20 @@ def main(argv: Sequence[str], prog: str) -> int:
     if len(records) == 1:
         console.print(class_table(records[0]))
     return 0
+
+
+def parse(kind: type[Asked], argv: Sequence[str], prog: str) -> Asked:
+    """The options of a command on trained runs, with torch set to their number of threads.
+
+    Raises:
+        ValueError: no run is named.
+        SystemExit: with status 2 for an unknown flag or a value of the wrong type, 0 for ``--help``.
+    """
+    options = tyro.cli(kind, args=list(argv), prog=prog)
+    if not options.runs:
+        raise ValueError(f"{prog} needs at least one run: its folder, or its name in --runs-dir")
+    torch.set_num_threads(options.threads or environment.physical_cores())
+    return options
 
 
 def find_run(name: str, runs_dir: str) -> RunFolder:
@@ -94,6 +125,41 @@ def find_run(name: str, runs_dir: str) -> RunFolder:
         f"{name} is no run folder (no config.yaml there or in {Path(runs_dir) / name}); "
         f"runs in {runs_dir}: {', '.join(known) or 'none'}"
     )
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run's network, in eval mode with the weights of one epoch, and its data."""
+
+    config: Config
+    model: nn.Module
+    sets: data.DataSets
+    weights_file: Path
+
+
+def load_run(
+    folder: RunFolder, epoch: Literal["best", "last"], data_root: str | None, device: str, limit: int | None
+) -> TrainedRun:
+    """The network of a run and its data.
+
+    Args:
+        folder: of the run.
+        epoch: whose weights: the best one's by validation, or the last one's.
+        data_root: folder of the data sets; the run's if None.
+        device: where both are put.
+        limit: images of each split to keep; None for all.
+
+    Raises:
+        FileNotFoundError: the weights or the data set are missing.
+        RuntimeError: the weights are damaged.
+    """
+    config = configuration.load(folder.config)
+    weights_file = folder.best_weights if epoch == "best" else folder.weights
+    weights = checkpoint.load_weights(weights_file)
+    sets = data.load(config.data.dataset, data_root or config.data.data_root, device, limit=limit)
+    model = create_model(config, sets.info).to(device)
+    model.load_state_dict(weights)
+    return TrainedRun(config, model.eval(), sets, weights_file)
 
 
 def make_attack(name: str, epsilon: float, step_size: float | None = None) -> PGD:
@@ -132,13 +198,8 @@ def evaluate(folder: RunFolder, options: Options) -> dict[str, Any]:
     step_size = None if options.step_size is None else pixels(options.step_size, "--step-size")
     names = [name for name in options.attacks.split(",") if name]
     attacks = {name: make_attack(name, pixels(epsilon, "--epsilon"), step_size) for name in names}
-    weights_file = folder.best_weights if options.checkpoint == "best" else folder.weights
-    weights = checkpoint.load_weights(weights_file)
-    device = environment.device(options.device)
-    sets = data.load(config.data.dataset, options.data_root or config.data.data_root, device, limit=options.limit)
-    images, classes = getattr(sets, options.split), sets.info.classes
-    model = create_model(config, sets.info).to(device)
-    model.load_state_dict(weights)
+    run = load_run(folder, options.checkpoint, options.data_root, environment.device(options.device), options.limit)
+    model, images, classes = run.model, getattr(run.sets, options.split), run.sets.info.classes
 
     labels = images.labels.cpu()
     natural = metrics.correct(model, images, None, 0, options.batch_size)
@@ -157,7 +218,7 @@ def evaluate(folder: RunFolder, options: Options) -> dict[str, Any]:
         "arch": config.model.arch,
         "dataset": config.data.dataset,
         "checkpoint": options.checkpoint,
-        "weights_sha256": hashlib.sha256(weights_file.read_bytes()).hexdigest(),
+        "weights_sha256": hashlib.sha256(run.weights_file.read_bytes()).hexdigest(),
         "split": options.split,
         "points": len(images),
         "epsilon": epsilon,

@@ -78,6 +78,11 @@ def _kl_grad(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return d_clean, log_q.exp() - p
 
 
+def _clip(x: Tensor, minimum: float, maximum: float) -> Tensor:
+    """``x.clamp(minimum, maximum)`` whose gradient is 1 at the bounds too."""
+    return torch.where((x >= minimum) & (x <= maximum), x, x.detach().clamp(minimum, maximum))
+
+
 def entropy_kl(clean_logits: Tensor, adv_logits: Tensor) -> tuple[Tensor, Tensor]:
     log_p, log_q = _wide(clean_logits).log_softmax(-1), _wide(adv_logits).log_softmax(-1)
     return _entropy(log_p), _kl(log_p, log_q)
@@ -138,9 +143,20 @@ def ce_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return -_at(log_p, labels), _margin(log_p, labels)
 
 
+def _ce_grad(log_p: Tensor, labels: Tensor) -> Tensor:
+    return log_p.exp() - _target(log_p, labels).to(log_p.dtype)
+
+
 def ce_loss_backward(grad_loss: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor]:
-    p = _known(logits, labels).softmax(-1)
-    return ((grad_loss[:, None] * (p - _target(p, labels).to(p.dtype))).to(logits.dtype),)
+    log_p = _known(logits, labels).log_softmax(-1)
+    return ((grad_loss[:, None] * _ce_grad(log_p, labels)).to(logits.dtype),)
+
+
+def _unclipped(
+    entropy: Tensor, sensitivity: Tensor | None, base: float, alpha: float, beta: float, entropy_gradient: bool
+) -> Tensor:
+    weight = base + alpha * (entropy if entropy_gradient else entropy.detach())
+    return weight if sensitivity is None else weight + beta * sensitivity
 
 
 def trades_loss(
@@ -157,10 +173,7 @@ def trades_loss(
 ) -> tuple[Tensor, ...]:
     log_p, log_q = (_known(z, labels).log_softmax(-1) for z in (clean_logits, adv_logits))
     ce, entropy, kl = -_at(log_p, labels), _entropy(log_p), _kl(log_p, log_q)
-    weight = base + alpha * (entropy if entropy_gradient else entropy.detach())
-    if sensitivity is not None:
-        weight = weight + beta * sensitivity
-    weight = weight.clamp(minimum, maximum)
+    weight = _clip(_unclipped(entropy, sensitivity, base, alpha, beta, entropy_gradient), minimum, maximum)
     return ce + weight * kl, ce, kl, entropy, weight, _margin(log_q, labels)
 
 
@@ -179,14 +192,12 @@ def trades_loss_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     log_p, log_q = (_known(z, labels).log_softmax(-1) for z in (clean_logits, adv_logits))
     entropy, kl = _entropy(log_p), _kl(log_p, log_q)
-    raw = base + alpha * (entropy if entropy_gradient else entropy.detach())
-    if sensitivity is not None:
-        raw = raw + beta * sensitivity
-    weight = (grad_loss * raw.clamp(minimum, maximum))[:, None]
-    inside = torch.where((raw >= minimum) & (raw <= maximum), grad_loss * kl, 0 * kl)
+    unclipped = _unclipped(entropy, sensitivity, base, alpha, beta, entropy_gradient)
+    weight = (grad_loss * _clip(unclipped, minimum, maximum))[:, None]
+    inside = torch.where((unclipped >= minimum) & (unclipped <= maximum), grad_loss * kl, 0)
     d_kl_clean, d_kl_adv = _kl_grad(log_p, log_q)
-    d_clean = grad_loss[:, None] * (log_p.exp() - _target(log_p, labels).to(log_p.dtype)) + weight * d_kl_clean
-    if entropy_gradient:
+    d_clean = grad_loss[:, None] * _ce_grad(log_p, labels) + weight * d_kl_clean
+    if entropy_gradient and alpha != 0:
         d_clean = d_clean + (alpha * inside)[:, None] * _entropy_grad(log_p, entropy)
     d_sensitivity = None if sensitivity is None else beta * inside
     return d_clean.to(clean_logits.dtype), (weight * d_kl_adv).to(adv_logits.dtype), d_sensitivity
@@ -218,10 +229,10 @@ def _boosted_ce(log_p: Tensor, labels: Tensor, slack: float) -> Tensor:
 def _boosted_ce_grad(log_p: Tensor, labels: Tensor, slack: float) -> Tensor:
     boosted = _boosted(log_p, labels)
     log_rest, rest = _rest(log_p, boosted)
-    p, one_minus = log_p.exp(), log_rest.exp()
-    share = one_minus / (one_minus + slack) if slack > 0 else (log_rest > -math.inf).to(p.dtype)
-    p_k = p.masked_fill(~boosted, 0).sum(-1, keepdim=True)
-    return p - _target(p, labels).to(p.dtype) + share * p_k * torch.where(boosted, 1, -rest)
+    one_minus = log_rest.exp()
+    share = one_minus / (one_minus + slack) if slack > 0 else (log_rest > -math.inf).to(log_p.dtype)
+    p_k = log_p.exp().masked_fill(~boosted, 0).sum(-1, keepdim=True)
+    return _ce_grad(log_p, labels) + share * p_k * torch.where(boosted, 1, -rest)
 
 
 def mart_loss(
@@ -268,8 +279,7 @@ def lambda_x(
 ) -> tuple[Tensor, Tensor, Tensor]:
     log_p = _wide(clean_logits).log_softmax(-1)
     entropy, sensitivity = _entropy(log_p), l2_norm(grad)
-    value = (base + alpha * entropy + beta * sensitivity).clamp(minimum, maximum)
-    return value, entropy, sensitivity
+    return _clip(base + alpha * entropy + beta * sensitivity, minimum, maximum), entropy, sensitivity
 
 
 def lambda_x_backward(

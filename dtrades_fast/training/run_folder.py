@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ LOCK = ".lock"
 
 
 class RunFolder:
-    """``runs/NAME/`` with config.yaml, env.json, metrics.jsonl, checkpoints and weights.
+    """``runs/NAME/`` with config.yaml, env.json, metrics.jsonl, checkpoints, weights, plots and a TensorBoard log.
 
     At the end of an epoch the files are written in this order: the metrics line, best.pt and model-best.safetensors,
     model.safetensors, last.pt. A run goes on from last.pt alone, so that wherever it is killed, what is newer than
@@ -36,6 +37,8 @@ class RunFolder:
         self.best = path / "best.pt"
         self.weights = path / "model.safetensors"
         self.best_weights = path / "model-best.safetensors"
+        self.plots = path / "plots"
+        self.tensorboard = path / "tensorboard"
 
     def check(self, config: Config) -> None:
         """Refuse a folder that this run must not write into. Changes nothing.
@@ -76,8 +79,8 @@ class RunFolder:
         """
         checkpoint.remove_leftovers(self.path)
         if config.run.overwrite:
-            for name in self._names():
-                (self.path / name).unlink()
+            for path in (self.path / name for name in self._names()):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if config.run.resume and self.config.is_file():
             if differences := config.differences(yaml.safe_load(self.config.read_text())):
                 raise ValueError(
@@ -124,6 +127,20 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, none if there is no such file.
+
+        Raises:
+            RuntimeError: a line is damaged.
+        """
+        lines = self.metrics.read_text().splitlines() if self.metrics.is_file() else []
+        try:
+            return [json.loads(line) for line in lines]
+        except json.JSONDecodeError as error:
+            raise RuntimeError(
+                f"{self.metrics} is damaged ({error}): if it is the last line, --resume writes it again"
+            ) from error
 
     def cut_metrics(self, lines: int) -> None:
         """Forget the epochs after the checkpoint that training goes on from.

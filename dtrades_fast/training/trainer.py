@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -33,7 +33,7 @@ from dtrades_fast.defenses import Batch, Loss, Threat
 from dtrades_fast.evaluation import metrics
 from dtrades_fast.models.weights import freeze_backbone, load_init_weights
 from dtrades_fast.profiling import span
-from dtrades_fast.training import checkpoint, schedules
+from dtrades_fast.training import checkpoint, schedules, tracking
 from dtrades_fast.training.average import MovingAverage
 from dtrades_fast.training.meter import Meter
 from dtrades_fast.training.monitor import Monitor
@@ -146,6 +146,7 @@ class Trainer:
         self.step = 0  # optimizer steps done
         self.meter = Meter()
         self.monitor = Monitor(len(sets.info.classes), config.attack.masking_noise, self.device)
+        self.tracker = tracking.create(config.run.track, folder.tensorboard)
         self.reading_waits = kind == "cuda"
         self.epoch_seconds = 0.0
         self.best: dict[str, float] | None = None  # epoch, na and ra of the best validation
@@ -332,6 +333,7 @@ class Trainer:
         if alarms := line["monitor"]["alarms"]["steps"]:
             self.progress.print(f"warning: gradients looked masked for {alarms} steps of this epoch: {MASKED}")
         self.folder.append_metrics(line)
+        self.tracker.add(line)
         improved = self.best is None or (ra, na) > (self.best["ra"], self.best["na"])
         if improved:
             self.best = {"epoch": epoch, "na": na, "ra": ra}
@@ -544,12 +546,13 @@ def train(config: Config, console: Console | None = None) -> RunFolder:
     trainer = Trainer(config, sets, folder, console)
     env = environment.describe(config.run.device, config.run.threads)
     env |= {"seed": config.run.seed, "data": {"name": sets.info.name, "fingerprint": sets.info.fingerprint}}
-    with folder.locked(), stop_signals() as stop:
+    with folder.locked(), stop_signals() as stop, closing(trainer.tracker):
         if folder.open(config, env):
             trainer.restore()
         elif config.model.init_weights is not None:
             trainer.load_initial_weights(config.model.init_weights)
         folder.cut_metrics(trainer.step // len(trainer.batches))
+        trainer.tracker.start(folder.read_metrics())
         if trainer.step == trainer.total_steps:
             trainer.say(f"run {folder.path} is finished, there is nothing to resume")
         else:

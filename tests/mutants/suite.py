@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cases import CHECKS, EPSILON, KEY, KINDS, ROW_CHECKS, STEP, image, labels, lambda_x, logits
+from cases import CHECKS, EPSILON, KEY, KINDS, ROW_CHECKS, STEP, check_loss, image, labels, lambda_x, logits
 from helpers import INF, NAN, assert_same_bits, assert_within, normal, rounding, row_dtype, wide
 from kernels import START_KINDS, Kernels
-from test_boosted_ce import Oracle as BoostedCEOracle
 from test_random_start import words
+from test_robust_loss import BCE
+from torch import Tensor
 
 from dtrades_fast import ops
 
@@ -84,31 +85,65 @@ def _logit_grad(k: Kernels, dtype: torch.dtype) -> None:
         assert k.logit_grad_ce(z, y).isnan().all(1).tolist() == [False, True, True, False, False]
 
 
-def _boosted_ce(k: Kernels, dtype: torch.dtype) -> None:
+def _robust_loss(k: Kernels, dtype: torch.dtype) -> None:
     for classes in (10, 1025):
         z, y = logits(5, classes, dtype, 1), labels(5, classes)
-        wrong = torch.tensor([-1, classes, 2**40])
-        for actual, expected in zip(k.boosted_ce(z, torch.cat((wrong, y[3:]))), k.boosted_ce(z, y), strict=True):
-            assert actual[:3].isnan().all()
-            assert_same_bits(actual[3:], expected[3:])
+        _labels_out_of_range(k, z, y)
         # of equals the first is boosted, wherever the label is
         flat, y = torch.zeros(5, classes, dtype=dtype), torch.tensor([0, 1, 2, classes - 2, classes - 1])
-        loss, grad = k.boosted_ce(flat, y)
-        oracle = BoostedCEOracle(flat, y, 0.0)
-        assert_within(loss, oracle.loss, oracle.loss_tolerance, "equal classes")
-        assert_within(grad, *oracle.gradient(torch.ones(5)), "equal classes")
-        # an impossible label, alone or not; only the label is possible; NaN; no class
-        z = torch.full((6, classes), -INF, dtype=dtype)
-        z[0, 1:3], z[1, 1], z[2, 0], z[3], z[3, 1], z[5, :2], z[5, 2] = 0, 0, 0, 1, NAN, 0, -INF
-        target = torch.zeros(classes, dtype=dtype)
-        target[:2] = torch.tensor([-1.0, 1.0])
-        for slack, second in ((0.0, 0.5), (0.25, 0.75)):
-            loss, grad = k.boosted_ce(z, torch.zeros(6, dtype=torch.int64), slack)
-            expected = [INF, INF, -np.log1p(slack), NAN, NAN, -np.log(0.5) - np.log(second)]
-            assert_within(loss, np.array(expected), rounding(dtype), "impossible classes")
+        check_loss(k, "equal classes", BCE, flat, flat, y)
+        _impossible_classes(k, classes, dtype)
+        # a weight at its bound, and beyond it: what flows to the sensitivity
+        zero = torch.zeros(5, dtype=row_dtype(dtype))
+        for bounds, flows in (((2.0, 2.0), 1.0), ((2.5, 3.0), 0.0), ((1.0, 1.5), 0.0)):
+            results = k.trades_loss(z, flat, zero, y, 2.0, 0.0, 0.25, *bounds, False)
+            assert_same_bits(results[-1], 0.25 * flows * results[2])
+
+
+def _labels_out_of_range(k: Kernels, z: Tensor, y: Tensor) -> None:
+    free = (6.0, 0.0, 0.0, -INF, INF, False)
+
+    def results(y: Tensor) -> tuple[Tensor, ...]:
+        return *k.ce_loss(z, y), *k.trades_loss(z, z, None, y, *free)[:-1], *k.mart_loss(z, z, y, 6.0)
+
+    wrong = torch.cat((torch.tensor([-1, z.shape[1], 2**40]), y[3:]))
+    for actual, expected in zip(results(wrong), results(y), strict=True):
+        assert actual[:3].isnan().all()
+        assert_same_bits(actual[3:], expected[3:])
+
+
+def _impossible_classes(k: Kernels, classes: int, dtype: torch.dtype) -> None:
+    """An impossible label, alone or not; only the label is possible; NaN; no class; a class of three."""
+    z = torch.full((6, classes), -INF, dtype=dtype)
+    z[0, 1:3], z[1, 1], z[2, 0], z[3], z[3, 1], z[5, :2], z[5, 2] = 0, 0, 0, 1, NAN, 0, -INF
+    y, target = torch.zeros(6, dtype=torch.int64), torch.zeros(classes, dtype=dtype)
+    target[:2] = torch.tensor([-1.0, 1.0])
+    margin = np.array([0.5, 1, -1, NAN, NAN, 0])
+    for slack, second in ((0.0, 0.5), (0.25, 0.75)):
+        loss, bce, kl, weight, found, d_clean, d_adv = k.mart_loss(z, z, y, 6.0, slack)
+        expected = np.array([INF, INF, -np.log1p(slack), NAN, NAN, -np.log(0.5) - np.log(second)])
+        assert_within(loss, expected, rounding(dtype), "impossible classes")
+        assert torch.equal(loss.nan_to_num(7.0), bce.nan_to_num(7.0))
+        assert_within(weight, np.array([1, 1, 0, NAN, NAN, 0.5]), rounding(dtype), "weight")
+        assert_within(found, margin, rounding(dtype), "margin")
+        assert kl.nan_to_num(7.0).tolist() == [0, 0, 0, 7, 7, 0]
+        for grad in (d_clean, d_adv):
             assert grad.isnan().all(1).tolist() == [False, False, False, True, True, False]
-            assert_within(grad[1], target.double().numpy(), 0, "only a wrong class is possible")
             assert not grad[2].any()
+        assert_within(d_adv[1], target.double().numpy(), 0, "only a wrong class is possible")
+    ce = np.array([INF, INF, 0, NAN, NAN, np.log(2)])
+    for loss, *_, found, grad in (k.ce_loss(z, y), k.trades_loss(z, z, None, y, 6.0, 0.0, 0.0, -INF, INF, False)[:7]):
+        assert_within(loss, ce, rounding(dtype), "impossible classes")
+        assert_within(found, margin, rounding(dtype), "margin")
+        assert grad.isnan().all(1).tolist() == [False, False, False, True, True, False]
+    # infinitely far away; with one NaN the other row keeps what is its own
+    far = torch.zeros(2, classes, dtype=dtype)
+    near = far.clone()
+    far[0, 1], far[1, 2] = -INF, NAN
+    _, ce, kl, entropy, *_ = k.trades_loss(near, far, None, y[:2], 6.0, 0.0, 0.0, -INF, INF, False)
+    assert kl[0] == INF
+    assert kl[1].isnan()
+    assert_within(torch.stack((ce, entropy)), np.full((2, 2), np.log(classes)), 1e-5, "of the clean row alone")
 
 
 def _pgd_step(k: Kernels, dtype: torch.dtype) -> None:
@@ -182,7 +217,7 @@ def _directions() -> np.ndarray:
 EDGES = {
     "entropy_kl": _entropy_kl,
     "logit_grad": _logit_grad,
-    "boosted_ce": _boosted_ce,
+    "robust_loss": _robust_loss,
     "pgd_step": _pgd_step,
     "sample_stats": _sample_stats,
     "lambda_x": _lambda_x,

@@ -67,14 +67,12 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "entropy_kl.cuh entropy_kl_backward: 0 becomes 1 #2",
     ),
     "The same number by another way: 0 * norm is 0 or NaN with either sign, exp(-inf) is 0 on any scale, 4 is 4.": (
-        "math.h BoostedCERow: 0 becomes 1 #1",
         "math.h l2_shrink: + becomes -",
         "random_start.cuh kDraw: < becomes <=",
     ),
     "Of equal values either may be taken: only the sign of a zero tells them apart, and no upper bound is one.": (
         "math.h min: < becomes <=",
     ),
-    "The indices of two candidates are never equal.": ("boosted_ce.cuh MoreProbable.operator(): < becomes <=",),
 }
 
 #: They change results or memory, but no case shows it.

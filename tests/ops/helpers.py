@@ -37,12 +37,12 @@ ROWS = {
     (33, 7): "two blocks and a row, an odd class count",
     (64, 10): "whole blocks only, the common case",
     (19, 33): "more classes than a vector has lanes",
-    (18, 64): "the last class count for which a lane is a row",
-    (18, 65): "the first for which a lane is a class, with a tail of one lane",
+    (18, 128): "the last class count for which a lane is a row",
+    (18, 129): "the first for which a lane is a class, with a tail of one lane",
     (3, 1000): "ImageNet: many vectors and a tail",
 }
 # Class counts on both sides of the change of regime, for the properties that must hold in each.
-CLASSES = (1, 10, 64, 65, 1000)
+CLASSES = (1, 10, 128, 129, 1000)
 # The first and last lane of a float32 and a float64 block, the first row of the next, and the end of the batch.
 POSITIONS = (0, 7, 8, 15, 16, 17, 34)
 BATCH = 35

@@ -112,7 +112,7 @@ def test_extreme_gradients_have_a_norm(size):
 
 
 @each_dtype
-@pytest.mark.parametrize("classes", [4, 65])
+@pytest.mark.parametrize("classes", [4, 129])
 @pytest.mark.parametrize(
     ("row", "entropy"),
     [
@@ -186,7 +186,7 @@ def test_any_layout(dtype):
 # ---- derivatives, compilation, transforms ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("classes", [1, 7, 65])
+@pytest.mark.parametrize("classes", [1, 7, 129])
 @pytest.mark.parametrize("clip", [(-INF, INF), (1.0, 1.4)], ids=["free", "clipped"])
 def test_gradcheck(clip, classes):
     logits = normal((4, classes), F64, 1).requires_grad_()

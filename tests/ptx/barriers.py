@@ -16,7 +16,9 @@ LAUNCHES = {
     ("entropy_kl_forward", 256): Case("entropy_kl", (3, 1025)),
     ("logit_grad_kl", 256): Case("logit_grad", (3, 1025)),
     ("logit_grad_ce", 256): Case("logit_grad", (3, 1025)),
-    ("boosted_ce", 256): Case("boosted_ce", (3, 1025)),
+    ("ce_loss", 256): Case("robust_loss", (3, 1025)),
+    ("trades_loss", 256): Case("robust_loss", (3, 1025)),
+    ("mart_loss", 256): Case("robust_loss", (3, 1025)),
 }
 for kernel, operator in (
     ("pgd_step_l2", "pgd_step"),
@@ -33,7 +35,9 @@ REDUNDANT = {
     "entropy_kl_forward": {0, 4},
     "logit_grad_kl": {0, 2},
     "logit_grad_ce": {0, 2},
-    "boosted_ce": {0, 2, 4, 6},
+    "ce_loss": {0, 2},
+    "trades_loss": {0, 4},
+    "mart_loss": {0, 4, 6, 8},
     "pgd_step_l2": set(),
     "random_start_l2": set(),
     "sample_stats": {0, 2, 4},

@@ -125,7 +125,10 @@ def runs() -> Iterator[Run]:
             yield Run("entropy_kl backward", size, dtype).measure("entropy_kl_backward", row, row, z, other, *forward)
             yield Run("logit_grad_kl", size, dtype).measure("logit_grad_kl", z, other)
             yield Run("logit_grad_ce", size, dtype).measure("logit_grad_ce", z, y)
-            yield Run("boosted_ce", size, dtype).measure("boosted_ce", z, y)
+            yield Run("ce_loss", size, dtype).measure("ce_loss", z, y)
+            weighting = (0.5, 0.5, 0.5, 0.0, INF, False)
+            yield Run("trades_loss", size, dtype).measure("trades_loss", z, other, row, y, *weighting)
+            yield Run("mart_loss", size, dtype).measure("mart_loss", z, other, y, 6.0)
         adv, grad, clean = image(128, 3072, dtype)
         z, index, size = logits(128, 10, dtype, 1), torch.arange(128), "128×3×32×32"
         for norm in ("linf", "l2"):

@@ -6,7 +6,7 @@ Only what nvcc writes for these kernels is understood; everything else raises.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -132,7 +132,29 @@ class Module:
                 labels[line[:-1]] = len(instructions)
             elif line not in ("", "{", "}", '.pragma "nounroll";'):
                 instructions.append(_instruction(line, source))
+        instructions = _parameters_by_name(instructions, parameters)
         return Kernel(name, tuple(parameters), tuple(arrays), registers, tuple(instructions), labels)
+
+
+def _parameters_by_name(instructions: list[Instruction], parameters: list[str]) -> list[Instruction]:
+    """Where a register holds the address of a parameter, what is loaded from there by the parameter's name."""
+    held: dict[Operand, Address] = {}
+    result = []
+    for i in instructions:
+        target, *sources = i.operands or ("",)
+        if target in held and i.opcode != "st":
+            raise PTXError(f"an address of a parameter is replaced by {i}")
+        if i.opcode == "mov" and sources[0] in parameters:
+            held[target] = Address(sources[0], 0)
+            i = replace(i, operands=(target, "0"))
+        elif i.mnemonic == "add.s64" and sources[0] in held and not sources[1].startswith("%"):
+            of = held[sources[0]]
+            held[target] = Address(of.base, of.offset + int(sources[1]))
+        elif i.mnemonic.startswith("ld.param") and sources[0].base in held:
+            of = held[sources[0].base]
+            i = replace(i, operands=(target, Address(of.base, of.offset + sources[0].offset)))
+        result.append(i)
+    return result
 
 
 def _array(found: re.Match[str]) -> Array:

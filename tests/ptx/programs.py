@@ -92,14 +92,21 @@ def assert_near(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
 def extreme_rows(k: Kernels, classes: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Extreme logits, labels out of range, and a backward of which nothing is wanted."""
     z, other = extreme_logits(classes, dtype)
-    labels, slack = torch.tensor([-1, 0, 1, 2, 3, 0, 4, classes]), 1e-4
+    labels = torch.tensor([-1, 0, 1, 2, 3, 0, 4, classes])
     ones = torch.ones(8, dtype=row_dtype(dtype))
     forward = k.entropy_kl(z, other)
-    results = (*forward[:2], *k.entropy_kl_backward(ones, ones, z, other, *forward), *k.boosted_ce(z, labels, slack))
+    results = (*forward[:2], *k.entropy_kl_backward(ones, ones, z, other, *forward))
     results += (k.logit_grad_kl(z, other), k.logit_grad_ce(z, labels))
     expected = (*reference.entropy_kl(z, other), *reference.entropy_kl_backward(ones, ones, z, other))
-    expected += (reference.boosted_ce(z, labels, slack), reference.boosted_ce_backward(ones, z, labels, slack))
     expected += (reference.logit_grad_kl(z, other), reference.logit_grad_ce(z, labels))
+    for name, inputs, settings in (
+        ("ce_loss", (z, labels), ()),
+        ("trades_loss", (z, other, ones, labels), (0.5, 0.75, 0.9, 1.2, 3.1, True)),
+        ("mart_loss", (z, other, labels), (6.0, 1e-4, 1e-7)),
+    ):
+        results += getattr(k, name)(*inputs, *settings)
+        expected += getattr(reference, name)(*inputs, *settings)
+        expected += getattr(reference, f"{name}_backward")(ones, *inputs, *settings)
     assert_near(results, expected)
     for grad in k.entropy_kl_backward(None, None, z, other, *forward):
         assert not grad.any()

@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from helpers import F32, F64, assert_same_bits, assert_within, normal, row_dtype, uniform
 from kernels import START_KINDS, Kernels
-from test_boosted_ce import PUBLISHED
-from test_boosted_ce import Oracle as BoostedCEOracle
 from test_entropy_kl import Oracle as EntropyKLOracle
 from test_entropy_kl import weights
 from test_lambda_x import oracle as lambda_x_oracle
 from test_logit_grad import oracle_ce, oracle_kl
 from test_pgd_step import l2_oracle
 from test_random_start import oracle as random_start_oracle
+from test_robust_loss import VARIANTS, Variant
 from test_sample_stats import oracle as sample_stats_oracle
 from torch import Tensor
 
@@ -109,17 +108,29 @@ def logit_grad(k: Kernels, rows: int, classes: int, dtype: torch.dtype, kind: st
     return kl, ce
 
 
-def boosted_ce(k: Kernels, rows: int, classes: int, dtype: torch.dtype, kind: str = "normal") -> tuple[Tensor, ...]:
-    z, y = logits(rows, classes, dtype, 1, kind), labels(rows, classes)
-    y[z[torch.arange(rows), y].isinf()] = 0
+def robust_loss(k: Kernels, rows: int, classes: int, dtype: torch.dtype, kind: str = "normal") -> tuple[Tensor, ...]:
+    clean, adv = logits(rows, classes, dtype, 1, kind), logits(rows, classes, dtype, 2, kind)
+    if kind == "large":
+        adv[::2] = -adv[::2]
+    y = labels(rows, classes)
+    y[clean[torch.arange(rows), y].isinf()] = 0
+    sensitivity = 3 * uniform((rows,), row_dtype(dtype), 4)
     results: list[Tensor] = []
-    for slack in (0.0, PUBLISHED):
-        oracle = BoostedCEOracle(z.clamp(min=-3e4), y, slack)  # its sums take no infinity; exp(-3e4) is 0
-        loss, grad = k.boosted_ce(z, y, slack)
-        assert_within(loss, oracle.loss, oracle.loss_tolerance, f"loss, {slack=}")
-        assert_within(grad, *oracle.gradient(torch.ones(rows)), f"gradient, {slack=}")
-        results += [loss, grad]
+    for name, variant in VARIANTS.items():
+        inputs = (clean, adv, None if name == "trades" else sensitivity)[: variant.count]
+        results += check_loss(k, name, variant, *inputs, y)
     return tuple(results)
+
+
+def check_loss(k: Kernels, name: str, variant: Variant, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Results and gradients within their tolerance of the oracle, whose sums take no infinity; exp(-3e4) is 0."""
+    results = getattr(k, variant.operator)(*inputs, *variant.arguments)
+    oracle = variant.expected(*(x.clamp(min=-3e4) if x is not None and x.is_floating_point() else x for x in inputs))
+    expected = [*oracle.values().items()]
+    expected += [(f"gradient {i}", pair) for i, pair in enumerate(oracle.gradients(torch.ones(len(inputs[-1]))))]
+    for x, (what, (value, tolerance)) in zip(results, expected, strict=True):
+        assert_within(x, value, tolerance, f"{name}, {what}")
+    return results
 
 
 # ---- images --------------------------------------------------------------------------------------------------------
@@ -180,7 +191,7 @@ def _random_start_oracle(samples: int, size: int, dtype: torch.dtype) -> tuple:
 
 
 Check = Callable[..., tuple[Tensor, ...]]
-ROW_CHECKS: dict[str, Check] = {"entropy_kl": entropy_kl, "logit_grad": logit_grad, "boosted_ce": boosted_ce}
+ROW_CHECKS: dict[str, Check] = {"entropy_kl": entropy_kl, "logit_grad": logit_grad, "robust_loss": robust_loss}
 IMAGE_CHECKS: dict[str, Check] = {
     "pgd_step": pgd_step,
     "sample_stats": sample_stats,

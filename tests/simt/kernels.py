@@ -55,13 +55,39 @@ class Kernels:
         results = {"grad": _nan(logits.shape, logits.dtype)}
         return self._launch("LogitGradCE", logits, inputs, results, {"classes": logits.shape[1]})[0]
 
-    def boosted_ce(self, logits: Tensor, labels: Tensor, slack: float = 0.0) -> tuple[Tensor, ...]:
-        inputs = {"logits": logits, "labels": labels}
-        results = {
-            "loss": _nan((len(logits),), row_dtype(logits.dtype)),
-            "grad": _nan(logits.shape, logits.dtype),
-        }
-        return self._launch("BoostedCE", logits, inputs, results, {"classes": logits.shape[1], "slack": float(slack)})
+    def ce_loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        results = _rows(logits, "loss", "margin") | {"grad": _nan(logits.shape, logits.dtype)}
+        settings = {"classes": logits.shape[1]}
+        return self._launch("CELoss", logits, {"logits": logits, "labels": labels}, results, settings)
+
+    def trades_loss(
+        self,
+        clean: Tensor,
+        adv: Tensor,
+        sensitivity: Tensor | None,
+        labels: Tensor,
+        base: float,
+        alpha: float,
+        beta: float,
+        minimum: float,
+        maximum: float,
+        entropy_gradient: bool,
+    ) -> tuple[Tensor, ...]:
+        inputs = {"clean": clean, "adv": adv, "sensitivity": sensitivity, "labels": labels}
+        results = _rows(clean, "loss", "ce", "kl", "entropy", "weight", "margin")
+        results |= {"grad_clean": _nan(clean.shape, clean.dtype), "grad_adv": _nan(clean.shape, clean.dtype)}
+        results |= _rows(clean, "grad_sensitivity")
+        settings = {"classes": clean.shape[1], "base": base, "alpha": alpha, "beta": beta}
+        settings |= {"minimum": minimum, "maximum": maximum, "entropy_gradient": entropy_gradient and alpha != 0}
+        return self._launch("TradesLoss", clean, inputs, results, settings)
+
+    def mart_loss(
+        self, clean: Tensor, adv: Tensor, labels: Tensor, beta: float, slack: float = 0.0, weight_slack: float = 0.0
+    ) -> tuple[Tensor, ...]:
+        results = _rows(clean, "loss", "bce", "kl", "weight", "margin")
+        results |= {"grad_clean": _nan(clean.shape, clean.dtype), "grad_adv": _nan(clean.shape, clean.dtype)}
+        settings = {"classes": clean.shape[1], "beta": beta, "slack": slack, "weight_slack": weight_slack}
+        return self._launch("MartLoss", clean, {"clean": clean, "adv": adv, "labels": labels}, results, settings)
 
     def pgd_step(
         self,
@@ -138,6 +164,10 @@ class Kernels:
 
 def _nan(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.full(shape, torch.nan, dtype=dtype)
+
+
+def _rows(like: Tensor, *names: str) -> dict[str, Tensor]:
+    return {name: _nan((len(like),), row_dtype(like.dtype)) for name in names}
 
 
 def _size(x: Tensor) -> int:

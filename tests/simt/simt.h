@@ -9,6 +9,7 @@
 #include "scheduler.h"
 
 #define DTF_KERNEL(max_threads) void
+#define DTF_ROW_KERNEL(T, Shape) void
 #define DTF_DEVICE inline
 #define DTF_UNROLL
 

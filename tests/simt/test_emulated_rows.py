@@ -21,8 +21,10 @@ from helpers import (
     assert_within,
     each_dtype,
     rounding,
+    uniform,
 )
 from kernels import Kernels
+from test_robust_loss import VARIANTS
 
 each_operator = pytest.mark.parametrize("operator", ROW_CHECKS)
 each_regime = pytest.mark.parametrize("classes", CLASS_REGIMES)
@@ -70,7 +72,10 @@ def test_row_alone_has_the_bits_of_the_batch(classes, dtype):
     assert_rows_independent(k.entropy_kl_backward, *forward[:2], clean, adv, *forward)
     assert_rows_independent(k.logit_grad_kl, adv, clean)
     assert_rows_independent(k.logit_grad_ce, adv, y)
-    assert_rows_independent(k.boosted_ce, adv, y)
+    sensitivity = 3 * uniform((BATCH,), forward[0].dtype, 4)
+    for variant in VARIANTS.values():
+        inputs = (clean, adv, sensitivity)[: variant.count]
+        assert_rows_independent(lambda *x, v=variant: getattr(k, v.operator)(*x, *v.arguments), *inputs, y)
 
 
 @each_operator
@@ -93,12 +98,12 @@ def test_nan_stays_in_its_row(value, at, classes, dtype):
         forward = k.entropy_kl(adv, clean)
         ones = torch.ones_like(forward[0])
         backward = k.entropy_kl_backward(ones, ones, adv, clean, *forward)
-        boosted = k.boosted_ce(adv, y)
-        return (*forward[:2], backward[0], k.logit_grad_kl(adv, clean), k.logit_grad_ce(adv, y), *boosted)
+        losses = (*k.ce_loss(adv, y), *k.mart_loss(clean, adv, y, 6.0)[:3])
+        return (*forward[:2], backward[0], k.logit_grad_kl(adv, clean), k.logit_grad_ce(adv, y), *losses)
 
     others = torch.arange(BATCH) != row
     for name, x, expected in zip(
-        ("entropy", "kl", "backward", "logit_grad_kl", "logit_grad_ce", "boosted", "boosted grad"),
+        ("entropy", "kl", "backward", "logit_grad_kl", "logit_grad_ce", "ce", "margin", "ce grad", "mart", "bce", "kl"),
         results(spoiled),
         results(adv),
         strict=True,
@@ -118,8 +123,9 @@ def test_impossible_classes(classes, dtype):
     entropy, kl, _ = Kernels().entropy_kl(*(torch.cat(side) for side in zip(*rows, strict=True)))
     assert_within(entropy, np.log(np.array([2, 3, NAN, 2], np.longdouble)), rounding(dtype), "entropy")
     assert_within(kl, np.array([np.log(np.longdouble(1.5)), INF, NAN, NAN]), rounding(dtype), "kl")
-    loss, _ = Kernels().boosted_ce(two, torch.tensor([1]))
-    assert loss.item() == INF
+    loss, bce, *_ = Kernels().mart_loss(three, two, torch.tensor([1]), 6.0)
+    assert loss.item() == bce.item() == INF
+    assert Kernels().ce_loss(two, torch.tensor([1]))[0].item() == INF
 
 
 @each_dtype
@@ -130,7 +136,13 @@ def test_label_out_of_range_makes_the_row_nan(label, classes, dtype):
     wrong = y.clone()
     wrong[row] = label
     others = torch.arange(BATCH) != row
-    for function in (lambda y: (Kernels().logit_grad_ce(z, y),), lambda y: Kernels().boosted_ce(z, y)):
+    k, none = Kernels(), (6.0, 0.0, 0.0, -INF, INF, False)
+    for function in (
+        lambda y: (k.logit_grad_ce(z, y),),
+        lambda y: k.ce_loss(z, y),
+        lambda y: k.trades_loss(z, z, None, y, *none)[:-1],
+        lambda y: k.mart_loss(z, z, y, 6.0),
+    ):
         for x, expected in zip(function(wrong), function(y), strict=True):
             assert x[row].isnan().all()
             assert_same_bits(x[others], expected[others])

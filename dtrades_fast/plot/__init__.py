@@ -1,0 +1,1 @@
+"""Pictures of runs: training curves, what lambda is made of, adversarial images."""
