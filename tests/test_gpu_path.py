@@ -314,6 +314,24 @@ def test_a_fused_update_is_the_same_update(kind: str) -> None:
 # What is looked at now and then
 
 
+def test_a_first_step_that_the_scaler_skips_leaves_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's fused SGD would read a momentum buffer that it has only allocated; here such memory is full of NaN."""
+    monkeypatch.setattr(torch, "empty_like", lambda x, **_: torch.full_like(x, math.nan))
+    weights = []
+    for fused in (True, False):
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = schedules.create_optimizer(Optimization(lr=0.1, weight_decay=0), [weight], fused)
+        scaler = torch.amp.GradScaler("cpu")
+        for gradient in (math.inf, 1.0, 2.0):
+            weight.grad = torch.full((3,), gradient) * scaler.get_scale()
+            scaler.scale(torch.ones(()))
+            scaler.step(optimizer)
+            scaler.update()
+        weights.append(weight.detach())
+    torch.testing.assert_close(*weights)
+    assert weights[0].isfinite().all()
+
+
 def test_a_loss_that_is_not_finite_is_found_later(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dtrades_fast.training import trainer as module
 

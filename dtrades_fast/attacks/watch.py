@@ -1,4 +1,4 @@
-"""What the gradients of an attack say about each sample: whether it converged, and whether there is anything to climb."""
+"""What the gradients of an attack say of each sample: whether it converged, whether there is anything to climb."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class Defense(ABC):
         """What a resumed run needs beside the options: tensors, numbers, lists and dicts of them."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (most defenses have nothing to load)
         """Go on from a :meth:`state_dict`, whose tensors are on the device of training."""
 
     def pgd(self, model: Model, batch: Batch, *, final: bool = False, **settings: Any) -> Crafted:

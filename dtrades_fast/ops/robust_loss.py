@@ -230,13 +230,14 @@ def _autograd(name: str, inputs: int) -> type[torch.autograd.Function]:
             nothing = (None,) * (inputs + 1 + len(ctx.settings))
             if grad_loss is None:
                 return nothing
-            tensors, saved = ctx.saved_tensors[: inputs + 1], ctx.saved_tensors[inputs + 1 :]
+            saved = ctx.saved_tensors
             if torch.is_grad_enabled():  # create_graph: the twin's formula can be differentiated again
-                grads = getattr(reference, f"{name}_backward")(grad_loss, *tensors, *ctx.settings)
+                backward = getattr(reference, f"{name}_backward")
+                grads = backward(grad_loss, *saved[: inputs + 1], *ctx.settings)
             else:
-                grads = tuple(_scale(grad_loss, grad) for grad in saved)
-            wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
-            return *wanted, *nothing[inputs:]
+                wanted = zip(saved[inputs + 1 :], ctx.needs_input_grad, strict=False)
+                grads = tuple(_scale(grad_loss, grad) if needed else None for grad, needed in wanted)
+            return *grads, *nothing[inputs:]
 
         vmap = staticmethod(_vmap.rule(lambda *arguments: Function.apply(*arguments)))
 

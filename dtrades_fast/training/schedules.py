@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
@@ -18,7 +19,7 @@ def create_optimizer(options: Optimization, parameters: Iterable[nn.Parameter], 
     if options.optimizer == "adam":
         betas = (options.momentum, 0.999)
         return Adam(trained, options.lr, betas, weight_decay=options.weight_decay, fused=fused)
-    return SGD(
+    sgd = SGD(
         trained,
         options.lr,
         options.momentum,
@@ -26,6 +27,11 @@ def create_optimizer(options: Optimization, parameters: Iterable[nn.Parameter], 
         nesterov=options.nesterov,
         fused=fused,
     )
+    if fused and options.momentum:
+        # Torch's fused update leaves the first momentum uninitialised if the loss scaler skips the first step.
+        for parameter in trained:
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def create_schedule(options: Optimization, optimizer: Optimizer, steps_per_epoch: int) -> lr_scheduler.LRScheduler:

@@ -29,10 +29,16 @@ def test_wrong_labels_give_nan_in_their_rows_alone(dtype, classes):
     logits, labels = normal((BATCH, classes), dtype, 1).cuda(), torch.arange(BATCH).cuda() % classes
     wrong = labels.clone()
     wrong[3], wrong[8] = classes, -1
-    good, bad = ops.logit_grad_ce(logits, labels), ops.logit_grad_ce(logits, wrong)
-    assert bad[[3, 8]].isnan().all()
     rest = [i for i in range(BATCH) if i not in (3, 8)]
-    assert_same_bits(bad[rest], good[rest])
+    for function in (
+        lambda y: (ops.logit_grad_ce(logits, y),),
+        lambda y: ops.ce_loss(logits, y),
+        lambda y: ops.trades_loss(logits, logits, y, base=6.0),
+        lambda y: ops.mart_loss(logits, logits, y, 5.0),
+    ):
+        for good, bad in zip(function(labels), function(wrong), strict=True):
+            assert bad[[3, 8]].isnan().all()
+            assert_same_bits(bad[rest], good[rest])
 
 
 def test_work_is_done_on_the_current_stream():
