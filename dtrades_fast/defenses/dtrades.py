@@ -15,6 +15,16 @@ two weights are calibrated: a warm-up trains with the constant lambda_mean, then
     lambda_beta = lambda_share (lambda_mean - lambda_base) / mean ||grad||
 
 are fixed for the rest of training.
+
+The defaults. Measured with ResNet-18 of width 8 on 3,000 images, 8 epochs (``dtrades-fast train --method dtrades
+--preset quick --threads 1``, which trains with lambda 4 for 4 epochs; the means of each epoch are in metrics.jsonl):
+
+    digits, epsilon 0.3           mean H 2.23 in epoch 1, 0.50 in epoch 4, 1.35 in epoch 8; mean norm 0.37, 0.18, 0.11
+    CIFAR images, epsilon 8/255   mean H 2.18, 1.95, 2.01; mean norm 0.34, 0.11, 0.07
+
+So with alpha = beta = 1 lambda would be about 1.5 on digits and 2.1 on CIFAR, nearly all of it entropy: far below
+TRADES' published 6, and the sensitivity without a say. Hence ``lambda_mean = 6`` (TRADES' beta), half of it from either.
+After calibration the mean moves with what it is made of: from 4 to between 3.3 (CIFAR) and 6.9 (digits) in those runs.
 """
 
 from __future__ import annotations
