@@ -23,7 +23,7 @@ The defaults. Measured with ResNet-18 of width 8 on 3,000 images, 8 epochs (``dt
     CIFAR images, epsilon 8/255   mean H 2.18, 1.95, 2.01; mean norm 0.34, 0.11, 0.07
 
 So with alpha = beta = 1 lambda would be about 1.5 on digits and 2.1 on CIFAR, nearly all of it entropy: far below
-TRADES' published 6, and the sensitivity without a say. Hence ``lambda_mean = 6`` (TRADES' beta), half of it from either.
+TRADES' published 6, and the sensitivity without a say. Hence ``lambda_mean = 6``, TRADES' beta, half of it from either.
 After calibration the mean moves with what it is made of: from 4 to between 3.3 (CIFAR) and 6.9 (digits) in those runs.
 """
 
