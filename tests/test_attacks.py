@@ -1,7 +1,5 @@
 """FGSM and PGD: inside ball and box, leaving no trace, independent of the batch, and as strong as they should be."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,13 +11,7 @@ from dtrades_fast.attacks.objectives import KL, CrossEntropy, Targeted
 EPSILON = 0.1
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """For tensors this small, waking threads takes longer than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(seed: int = 0) -> nn.Sequential:

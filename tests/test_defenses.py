@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,13 +18,7 @@ from dtrades_fast.defenses.faal import class_weights
 THREAT = Threat(epsilon=0.1, steps=3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """For tensors this small, waking threads takes longer than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
