@@ -1,16 +1,19 @@
 """Times every operator against plain PyTorch and torch.compile: ``python bench/bench_ops.py`` (under 10 minutes).
 
-Providers: ``eager`` is the operator's twin in dtrades_fast/ops/reference.py, ``compile`` is torch.compile of that twin
-with default settings (compiled for exactly this shape and thread count, outside the measurement), ``ours`` is the
-public function of dtrades_fast.ops with its argument checks, ``copy`` is a copy that moves as many bytes.
+Providers: ``eager`` is the operator's twin in dtrades_fast/ops/reference.py, for the losses the expression of the
+textbook in torch.nn.functional; ``compile`` is torch.compile of that with default settings (compiled for exactly this
+shape and thread count, outside the measurement), ``ours`` is the public function of dtrades_fast.ops with its argument
+checks, ``copy`` is a copy that moves as many bytes.
 
 Modes: ``forward`` without a graph, ``backward`` through torch.autograd.grad with the graph retained, to every
-differentiable input. GB/s counts compulsory bytes only: each input read once, each output written once.
+differentiable input, ``both`` from the inputs to their gradients, as in training. GB/s counts compulsory bytes only:
+each input read once, each output written once.
 
 Shapes, and where they live on a CPU with a typical 48 KiB of L1 and 2 MiB of L2 per core (see :mod:`harness`):
 128x10 (5 KiB) stays in L1: what is measured is the cost of a call; 8192x10 (320 KiB) stays in L2: a large batch of
-CIFAR-10; 2048x1000 (8 MiB per matrix) comes from L3 or memory: ImageNet's classes; 128x3x32x32 (1.5 MiB per tensor) is
-the training batch of the papers, at the edge of L2; 512x3x32x32 (6 MiB) is an evaluation batch, L3 or memory.
+CIFAR-10; 1024x100 (400 KiB) and 128x1000 (500 KiB) do so too: batches of CIFAR-100 and ImageNet; 2048x1000 (8 MiB per
+matrix) comes from L3 or memory: ImageNet's classes; 128x3x32x32 (1.5 MiB per tensor) is the training batch of the
+papers, at the edge of L2; 512x3x32x32 (6 MiB) is an evaluation batch, L3 or memory.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+import torch.nn.functional as F
 from harness import (
     COPY,
     RESULTS,
@@ -53,6 +57,7 @@ from dtrades_fast.ops import reference
 PROVIDERS = ("eager", "compile", "ours")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LOGITS = ((128, 10), (8192, 10), (2048, 1000))
+BATCHES = ((128, 10), (1024, 100), (128, 1000))
 IMAGES = ((128, 3, 32, 32), (512, 3, 32, 32))
 STEP_SIZE, EPSILON, KEY = 2 / 255, 8 / 255, 1234567890123
 
@@ -110,13 +115,39 @@ def logit_grad_ce(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
     yield Workload("logit_grad_ce", (logits, labels), reference.logit_grad_ce, ops.logit_grad_ce, moved, (0,))
 
 
-def boosted_ce(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Workload]:
-    logits = torch.randn(shape, device=device).to(dtype)
+def textbook_ce(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def textbook_kl(clean: Tensor, adv: Tensor) -> Tensor:
+    return F.kl_div(adv.log_softmax(1), clean.softmax(1), reduction="none").sum(1)
+
+
+def textbook_trades(clean: Tensor, adv: Tensor, labels: Tensor) -> Tensor:
+    return textbook_ce(clean, labels) + 6.0 * textbook_kl(clean, adv)
+
+
+def textbook_mart(clean: Tensor, adv: Tensor, labels: Tensor) -> Tensor:
+    q = adv.softmax(1)
+    top_two = q.topk(2)[1]
+    rival = torch.where(top_two[:, 0] == labels, top_two[:, 1], top_two[:, 0])
+    bce = textbook_ce(adv, labels) + F.nll_loss((1.0001 - q + 1e-12).log(), rival, reduction="none")
+    wrong = 1.0000001 - clean.softmax(1).gather(1, labels[:, None]).squeeze(1)
+    return bce + 5.0 * textbook_kl(clean, adv) * wrong
+
+
+def robust_loss(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Workload]:
+    clean, adv = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     labels = torch.randint(0, shape[1], shape[:1], device=device)
-    rows = _row_bytes(logits, 1)
-    moved = {"forward": 2 * _bytes(logits) + _bytes(labels) + rows, "backward": 2 * _bytes(logits) + rows}
-    twin, ours = (functools.partial(f, slack=1e-4) for f in (reference.boosted_ce, ops.boosted_ce))
-    yield Workload("boosted_ce", (logits, labels), twin, ours, moved, (0,))
+    trades = functools.partial(ops.trades_loss, base=6.0)
+    mart = functools.partial(ops.mart_loss, beta=5.0, slack=1e-4 + 1e-12, weight_slack=1e-7)
+    for name, logits, textbook, ours, figures in (
+        ("ce_loss", (clean,), textbook_ce, ops.ce_loss, 2),
+        ("trades_loss", (clean, adv), textbook_trades, trades, 6),
+        ("mart_loss", (clean, adv), textbook_mart, mart, 5),
+    ):
+        moved = {"both": 2 * _bytes(*logits) + _bytes(labels) + _row_bytes(clean, figures)}
+        yield Workload(name, (*logits, labels), textbook, ours, moved, tuple(range(len(logits))))
 
 
 def _attack_state(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +201,7 @@ OPERATORS: dict[str, tuple[Make, Sequence[tuple[int, ...]]]] = {
     "entropy_kl": (entropy_kl, LOGITS),
     "logit_grad_kl": (logit_grad_kl, LOGITS),
     "logit_grad_ce": (logit_grad_ce, LOGITS),
-    "boosted_ce": (boosted_ce, LOGITS),
+    "robust_loss": (robust_loss, BATCHES),
     "sample_stats": (sample_stats, IMAGES),
     "lambda_x": (lambda_x, IMAGES),
     "pgd_step_": (pgd_step_, IMAGES),
@@ -179,14 +210,20 @@ OPERATORS: dict[str, tuple[Make, Sequence[tuple[int, ...]]]] = {
 
 
 def prepare(work: Workload, mode: str, function: Callable[..., Any]) -> Call:
-    """The call to time; for the backward, the forward has been done and its graph is kept."""
+    """The call to time; for the backward alone, the forward has been done and its graph is kept."""
     if mode == "forward":
         return lambda: function(*work.inputs)
     inputs = [x.detach().clone() for x in work.inputs]
     wanted = [inputs[i].requires_grad_() for i in work.differentiable]
-    results = function(*inputs)
-    results = [results] if isinstance(results, Tensor) else list(results)
+
+    def forward() -> list[Tensor]:
+        results = function(*inputs)
+        return [results] if isinstance(results, Tensor) else list(results)
+
+    results = forward()
     grads = [torch.randn_like(x) for x in results]
+    if mode == "both":
+        return lambda: torch.autograd.grad(forward(), wanted, grads)
     return lambda: torch.autograd.grad(results, wanted, grads, retain_graph=True)
 
 
@@ -203,7 +240,7 @@ def _leading(function: Callable[..., Any], count: int) -> Callable[..., Any]:
 def providers_of(work: Workload, mode: str, chosen: Sequence[str]) -> dict[str, Call]:
     """Every chosen provider, and the copy. Compiles."""
     twin, ours = work.twin, work.ours
-    if mode == "backward":
+    if mode != "forward":
         twin, ours = _leading(twin, work.outputs), _leading(ours, work.outputs)
     calls: dict[str, Call] = {}
     for provider in chosen:

@@ -250,8 +250,7 @@ struct BoostedRow {
   LabelledRow<V> row{peaks, exp_rest * exp(top - peaks.maximum()) + exp_boosted};
   V boosted_prob = exp(row.all.log_prob(peaks.rival));
   Normaliser<V> rest{top, select(exp_rest == V(0), V(0), log(exp_rest))};
-  V log_one_minus =
-      select(exp_rest == V(0), V(-INFINITY), (rest.maximum - row.all.maximum) + (rest.log_sum - row.all.log_sum));
+  V log_one_minus = (rest.maximum - row.all.maximum) + (rest.log_sum - row.all.log_sum);
   V one_minus = exp(log_one_minus);
   // (1 - p_k) / (1 - p_k + slack): what slack leaves of the second term's gradient
   V share = select(exp_rest == V(0), V(0), select(slack == V(0), V(1), one_minus / (one_minus + slack)));

@@ -67,6 +67,7 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "entropy_kl.cuh entropy_kl_backward: 0 becomes 1 #2",
     ),
     "The same number by another way: 0 * norm is 0 or NaN with either sign, exp(-inf) is 0 on any scale, 4 is 4.": (
+        "math.h BoostedRow: 0 becomes 1 #2",
         "math.h l2_shrink: + becomes -",
         "random_start.cuh kDraw: < becomes <=",
     ),

@@ -103,6 +103,7 @@ def extreme_rows(k: Kernels, classes: int, dtype: torch.dtype) -> tuple[Tensor, 
         ("ce_loss", (z, labels), ()),
         ("trades_loss", (z, other, ones, labels), (0.5, 0.75, 0.9, 1.2, 3.1, True)),
         ("mart_loss", (z, other, labels), (6.0, 1e-4, 1e-7)),
+        ("mart_loss", (other, z, labels), (6.0, 0.0, 0.0)),
     ):
         results += getattr(k, name)(*inputs, *settings)
         expected += getattr(reference, name)(*inputs, *settings)

@@ -33,7 +33,9 @@ UNREACHED = (
     Unreached("random_start", r"::logf?\(x\)", "log of a number in (0, 1]: neither zero, subnormal, infinite nor NaN"),
     Unreached("random_start_l2", r"::exp\(x\)", "exp(log(v) / d) lies in [2^-24, 1]"),
     Unreached(
-        "(entropy_kl_forward|lambda_x)Id", r"::log\(x\)", "the sum of exp(z - max) is at least 1, never subnormal"
+        "(entropy_kl_forward|lambda_x|ce_loss|trades_loss|mart_loss)Id",
+        r"::log\(x\)",
+        "the sum of exp(z - max) is at least 1, or 0 without a term, never subnormal",
     ),
 )
 
