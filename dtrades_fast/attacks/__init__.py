@@ -1,6 +1,6 @@
 """Attacks: ``(model, images, labels) -> adversarial images``, one file each."""
 
-from dtrades_fast.attacks.base import Attack, Model, eval_mode, frozen, input_gradient
+from dtrades_fast.attacks.base import Attack, Model, eval_mode, frozen, gradient_and_logits, input_gradient
 from dtrades_fast.attacks.fgsm import FGSM
 from dtrades_fast.attacks.pgd import PGD
 from dtrades_fast.attacks.watch import GradientStats, Watch, gradient_stats
@@ -14,6 +14,7 @@ __all__ = [
     "Watch",
     "eval_mode",
     "frozen",
+    "gradient_and_logits",
     "gradient_stats",
     "input_gradient",
 ]

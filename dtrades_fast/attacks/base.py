@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,6 +30,13 @@ class Attack(ABC):
     @abstractmethod
     def perturb(self, model: Model, images: Tensor, labels: Tensor, index: Tensor, key: int) -> Tensor:
         """The attack itself, on a frozen model."""
+
+    def parts(self) -> Sequence[Attack]:
+        """Attacks that one after the other, each on the samples that still stand, are this one; by default itself.
+
+        An evaluation runs a part on all standing samples before the next one, so that its batches stay full.
+        """
+        return (self,)
 
     def __call__(
         self, model: Model, images: Tensor, labels: Tensor, *, index: Tensor | None = None, key: int = 0
@@ -100,17 +107,23 @@ def input_gradient(model: Model, images: Tensor, objective: Objective) -> Tensor
     A model that says ``computes_in_half`` gets each sample's logit gradient at one size, which is undone afterwards:
     that of a confident sample would become 0 in float16.
     """
+    return gradient_and_logits(model, images, objective)[0]
+
+
+def gradient_and_logits(model: Model, images: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """:func:`input_gradient`, and the detached logits [N, classes] of the forward pass that it took."""
     with torch.enable_grad():
         images = images.detach().requires_grad_()
         with span("forward"):
             logits = model(images)
+        values = logits.detach()
         with span("logit gradient"):
-            direction = objective.logit_grad(logits.detach())
+            direction = objective.logit_grad(values)
         if not getattr(model, "computes_in_half", False):
             with span("backward"):
-                return torch.autograd.grad(logits, images, direction)[0]
+                return torch.autograd.grad(logits, images, direction)[0], values
         size = direction.abs().amax(1, keepdim=True) / HALF_SIZE
         size = size.masked_fill(size == 0, 1)
         with span("backward"):
             (gradient,) = torch.autograd.grad(logits, images, direction / size)
-    return gradient * size[:, :, None, None]
+    return gradient * size[:, :, None, None], values
