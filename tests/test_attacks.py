@@ -208,7 +208,7 @@ def test_targeted_reaches_its_class(norm: str) -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="zero gradient at the clean image"):
         PGD(EPSILON, objective="kl", start="clean")
-    with pytest.raises(ValueError, match="no target class"):
+    with pytest.raises(ValueError, match="targeted needs objective='ce', got 'kl'"):
         PGD(EPSILON, objective="kl", targeted=True)
     with pytest.raises(ValueError, match="norm must be one of 'linf', 'l2', got 'l1'"):
         PGD(EPSILON, norm="l1")  # type: ignore[arg-type]

@@ -57,6 +57,26 @@ class Attack(ABC):
             return self.perturb(model, images, labels, index, key)
 
 
+def worst_of(
+    attacks: Sequence[Attack], model: Model, images: Tensor, labels: Tensor, index: Tensor, key: int
+) -> Tensor:
+    """One attack after the other, on a frozen model, each on the samples that still stand.
+
+    Returns:
+        The images that fool the model, the last attack's where none does.
+    """
+    worst = images.detach().clone()
+    standing = torch.arange(len(images), device=images.device)
+    for attack in attacks:
+        if len(standing) == 0:
+            break
+        adv = attack.perturb(model, images[standing], labels[standing], index[standing], key)
+        worst[standing] = adv
+        with torch.no_grad():
+            standing = standing[model(adv).argmax(1) == labels[standing]]
+    return worst
+
+
 def check_images(images: Tensor, labels: Tensor) -> None:
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dtrades_fast.ops import logit_grad_ce, logit_grad_kl
 
-
 #: Added to DLR's denominator, as published, so that equal logits do not divide by zero.
 DLR_FLOOR = 1e-12
 

@@ -1,7 +1,8 @@
-"""Projected gradient descent (Madry et al. 2018), Linf and L2, with restarts, targeted or not, CE or KL."""
+"""Projected gradient descent (Madry et al. 2018), Linf and L2, with restarts, targeted or not, of any objective."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dtrades_fast import rng
-from dtrades_fast.attacks.base import Attack, Model, input_gradient
-from dtrades_fast.attacks.objectives import KL, CrossEntropy, Objective, Targeted
+from dtrades_fast.attacks.base import Attack, Model, gradient_and_logits, input_gradient
+from dtrades_fast.attacks.objectives import DLR, KL, CrossEntropy, Margin, Objective, Targeted
+from dtrades_fast.attacks.survivors import COMPACT_EVERY, Survivors
 from dtrades_fast.attacks.watch import Watch
 from dtrades_fast.ops import pgd_step_, random_start
 from dtrades_fast.profiling import span
@@ -28,21 +30,26 @@ class PGD(Attack):
         steps: number of steps; 0 gives the start.
         step_size: in pixel units; ``epsilon / 4`` if not given.
         norm: ``"linf"`` or ``"l2"``.
-        objective: ``"ce"`` (cross-entropy to the labels) or ``"kl"`` (divergence from the clean prediction).
+        objective: ``"ce"`` (cross-entropy to the labels), ``"kl"`` (divergence from the clean prediction), ``"margin"``
+            (largest wrong logit minus the label's) or ``"dlr"`` (that margin relative to the spread of the logits).
         start: ``"uniform"`` in the ball, ``"gaussian"`` (0.001 N(0, 1), as TRADES) or ``"clean"``. With ``"kl"`` the
             clean image has an exactly zero gradient, so ``"clean"`` is refused there.
         restarts: independent starts; a sample keeps the first that fools the model, else that of highest objective.
         targeted: the labels given are classes to reach; ``"ce"`` only.
+        stop_early: a sample ends at the first image, the start included, that fools the model, and leaves the batch:
+            never weaker than the last image alone, which is what PGD's accuracy is usually taken at. Samples that are
+            never fooled keep their last image.
     """
 
     epsilon: float
     steps: int = 10
     step_size: float | None = None
     norm: Literal["linf", "l2"] = "linf"
-    objective: Literal["ce", "kl"] = "ce"
+    objective: Literal["ce", "kl", "margin", "dlr"] = "ce"
     start: Literal["uniform", "gaussian", "clean"] = "uniform"
     restarts: int = 1
     targeted: bool = False
+    stop_early: bool = False
 
     def __post_init__(self) -> None:
         if self.epsilon < 0:
@@ -55,20 +62,20 @@ class PGD(Attack):
             raise ValueError(f"restarts must be >= 1, got {self.restarts}")
         for name, value, allowed in (
             ("norm", self.norm, ("linf", "l2")),
-            ("objective", self.objective, ("ce", "kl")),
+            ("objective", self.objective, ("ce", "kl", "margin", "dlr")),
             ("start", self.start, ("uniform", "gaussian", "clean")),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
         if self.objective == "kl" and self.start == "clean":
             raise ValueError("objective='kl' has a zero gradient at the clean image: use start='gaussian' or 'uniform'")
-        if self.objective == "kl" and self.targeted:
-            raise ValueError("targeted needs objective='ce': KL has no target class")
+        if self.objective != "ce" and self.targeted:
+            raise ValueError(f"targeted needs objective='ce', got {self.objective!r}: only it goes towards a class")
 
     def perturb(self, model: Model, images: Tensor, labels: Tensor, index: Tensor, key: int) -> Tensor:
         objective = self.make_objective(model, images, labels)
         if self.restarts == 1:
-            return self.ascend(model, images, objective, index, key)
+            return self._run(model, images, labels, objective, index, key)
         return self._worst_of_restarts(model, images, labels, objective, index, key)
 
     def make_objective(self, model: Model, images: Tensor, labels: Tensor) -> Objective:
@@ -76,7 +83,18 @@ class PGD(Attack):
         if self.objective == "kl":
             with torch.no_grad(), span("clean prediction"):
                 return KL(model(images).log_softmax(-1))
-        return Targeted(labels) if self.targeted else CrossEntropy(labels)
+        if self.targeted:
+            return Targeted(labels)
+        kinds: dict[str, Callable[[Tensor], Objective]] = {"ce": CrossEntropy, "margin": Margin, "dlr": DLR}
+        return kinds[self.objective](labels)
+
+    def _run(
+        self, model: Model, images: Tensor, labels: Tensor, objective: Objective, index: Tensor, key: int
+    ) -> Tensor:
+        """One run from one start."""
+        if self.stop_early:
+            return self._ascend_until_fooled(model, images, labels, objective, index, key)
+        return self.ascend(model, images, objective, index, key)
 
     def ascend(
         self,
@@ -114,6 +132,29 @@ class PGD(Attack):
                     pgd_step_(adv, gradient, images, step_size, self.epsilon, norm=self.norm)
         return adv
 
+    def _ascend_until_fooled(
+        self, model: Model, images: Tensor, labels: Tensor, objective: Objective, index: Tensor, key: int
+    ) -> Tensor:
+        """:meth:`ascend` on the samples that still stand; every few steps the host waits for their number."""
+        step_size = self.epsilon / 4 if self.step_size is None else self.step_size
+        survivors = Survivors(images)
+        adv, clean = self._start(images, index, key), images
+        for step in range(1, self.steps + 1):
+            with span("attack step", step):
+                gradient, logits = gradient_and_logits(model, adv, objective)
+                survivors.record(adv, self._fooled(logits, labels))
+                pgd_step_(adv, gradient, clean, step_size, self.epsilon, norm=self.norm)
+            if step % COMPACT_EVERY == 0 and (keep := survivors.drop()) is not None:
+                if len(keep) == 0:
+                    return survivors.result()
+                adv, clean, labels, objective = adv[keep], clean[keep], labels[keep], objective.select(keep)
+        with torch.no_grad():
+            survivors.record(adv, self._fooled(model(adv), labels))
+        return survivors.result(adv)
+
+    def _fooled(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits.argmax(1) == labels) == self.targeted
+
     def _start(self, images: Tensor, index: Tensor, key: int) -> Tensor:
         if self.start == "clean":
             return images.detach().clone()
@@ -134,10 +175,10 @@ class PGD(Attack):
             part = objective.select(standing)
             # The first start is that of a single run, so that more restarts never make a sample's result weaker.
             start_key = rng.key(key, "restart", restart) if restart else key
-            adv = self.ascend(model, images[standing], part, index[standing], start_key)
+            adv = self._run(model, images[standing], labels[standing], part, index[standing], start_key)
             with torch.no_grad():
                 logits = model(adv)
-            fooled = (logits.argmax(1) == labels[standing]) == self.targeted
+            fooled = self._fooled(logits, labels[standing])
             value = part.value(logits).float()
             better = fooled | (value > highest[standing])
             worst[standing[better]] = adv[better]

@@ -48,7 +48,9 @@ class Survivors:
         self.rows, self.found, self._adv = self.rows[keep], self.found[keep], self._adv[keep]
         return keep
 
-    def result(self) -> Tensor:
-        """[N, C, H, W]: the images that fooled the model, the clean ones where none did."""
+    def result(self, otherwise: Tensor | None = None) -> Tensor:
+        """[N, C, H, W]: the images that fooled the model; where none did, ``otherwise`` [n, ...] or the clean ones."""
+        if otherwise is not None:
+            self._adv = torch.where(self.found[:, None, None, None], self._adv, otherwise)
         self._result[self.rows] = self._adv
         return self._result
