@@ -1,0 +1,184 @@
+"""The evaluation engine: only true breaks count, nothing is done twice, batches and interruptions change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_apgd import ten_class_network
+from torch import Tensor, nn
+
+from dtrades_fast.attacks import APGD, FGSM, PGD
+from dtrades_fast.attacks.base import Attack, Model
+from dtrades_fast.data import ImageSet
+from dtrades_fast.evaluation import metrics
+from dtrades_fast.evaluation.engine import Counted, Engine, Progress, allowed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def image_set(model: nn.Module, count: int = 40) -> ImageSet:
+    """Random images, of which the first four are labelled wrongly."""
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 1, 8, 8), dtype=np.uint8))
+    labels = model(pixels.float() / 255).argmax(1)
+    labels[:4] = (labels[:4] + 1) % 10
+    return ImageSet(pixels, labels, torch.arange(100, 100 + count))
+
+
+def engine(model: nn.Module, images: ImageSet, progress: Progress | None = None, batch_size: int = 16) -> Engine:
+    return Engine(model, images, key=7, batch_size=batch_size, progress=progress)
+
+
+def test_flags_are_those_of_the_attack_itself() -> None:
+    model = ten_class_network()
+    images = image_set(model)
+    run = engine(model, images)
+    natural = run.natural()
+    assert natural.tolist() == [False] * 4 + [True] * 36
+    for attack in (FGSM(0.02), PGD(0.02, 5), PGD(0.5, 5, norm="l2"), APGD(0.02, 20)):
+        got = run.attack(str(attack), attack, natural)
+        expected = natural & metrics.correct(model, images, attack, 7, 40)
+        assert got.standing.tolist() == expected.tolist()
+        assert got.refuted == 0
+        assert 0 < int(got.standing.sum()) < 36
+
+
+def test_costs_are_counted() -> None:
+    model = ten_class_network()
+    images = image_set(model)
+    run = engine(model, images)
+    natural = run.natural()
+    cost = run.attack("pgd", PGD(0.02, 5), natural).cost
+    # five steps, and one look at the result by the search's network and one by the network itself
+    assert (cost.forwards, cost.backwards) == (36 * 7, 36 * 5)
+    assert cost.seconds > 0
+
+
+@dataclass(frozen=True)
+class Returns(Attack):
+    """What it is given, as an attack."""
+
+    change: float
+    epsilon: float = 0.1
+    norm: str = "linf"
+
+    def perturb(self, model: Model, images: Tensor, labels: Tensor, index: Tensor, key: int) -> Tensor:
+        return images + self.change
+
+
+class Threshold(nn.Module):
+    """Class 0 where the first pixel is below a half, else class 1."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = images[:, 0, 0, 0]
+        return torch.stack((0.5 - first, first - 0.5), 1)
+
+
+def test_only_images_in_ball_and_box_count() -> None:
+    pixels = torch.full((3, 1, 2, 2), 120, dtype=torch.uint8)
+    images = ImageSet(pixels, torch.zeros(3, dtype=torch.int64), torch.arange(3))
+    run = engine(Threshold(), images)
+    natural = run.natural()
+    assert natural.all()
+    assert not run.attack("inside", Returns(0.05), natural).standing.any()
+    for name, change in (("ball", 0.2), ("box", 0.7), ("nan", float("nan"))):
+        assert run.attack(name, Returns(change), natural).standing.all()
+    # float32 rounding of the ball's edge is no escape
+    assert not run.attack("edge", Returns(0.05, 0.05 - 1e-8), natural).standing.any()
+    x = images.images(slice(None))
+    assert not allowed(x + 0.1, x, Returns(0, 0.15, "l2")).any()  # 4 pixels: length 0.2
+    assert allowed(x + 0.1, x, Returns(0, 0.21, "l2")).all()
+
+
+def test_claims_of_another_network_are_refuted() -> None:
+    """The search's network is fooled, the network itself is not."""
+    pixels = torch.full((3, 1, 2, 2), 120, dtype=torch.uint8)
+    run = engine(Threshold(), ImageSet(pixels, torch.zeros(3, dtype=torch.int64), torch.arange(3)))
+    natural = run.natural()
+
+    class Nervous(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return Threshold()(images + 0.04)
+
+    run.search = Counted(Nervous())
+    got = run.attack("claim", Returns(0.01), natural)
+    assert got.standing.all()
+    assert got.refuted == 3
+
+
+@dataclass(frozen=True)
+class Breaks(Attack):
+    """Fools the model on samples by their index; of several parts, and counts what it is shown."""
+
+    wanted: tuple[int, ...]
+    shown: list[int]
+    fail_after: int = 10**9
+    epsilon: float = 1.0
+    norm: str = "linf"
+
+    def parts(self) -> Sequence[Attack]:
+        return [Breaks((i,), self.shown, self.fail_after) for i in self.wanted] if len(self.wanted) > 1 else (self,)
+
+    def perturb(self, model: Model, images: Tensor, labels: Tensor, index: Tensor, key: int) -> Tensor:
+        if len(self.shown) >= self.fail_after:
+            raise KeyboardInterrupt
+        self.shown.extend(index.tolist())
+        broken = torch.isin(index, torch.tensor(self.wanted))
+        return torch.where(broken[:, None, None, None], torch.ones_like(images), images)
+
+
+def test_parts_see_what_still_stands_in_full_batches() -> None:
+    pixels = torch.full((10, 1, 2, 2), 120, dtype=torch.uint8)
+    images = ImageSet(pixels, torch.zeros(10, dtype=torch.int64), torch.arange(10))
+    shown: list[int] = []
+    run = engine(Threshold(), images, batch_size=4)
+    got = run.attack("breaks", Breaks((3, 0, 9), shown), run.natural())
+    assert got.stages == (9, 8, 7)
+    assert got.standing.nonzero().squeeze(1).tolist() == [1, 2, 4, 5, 6, 7, 8]
+    assert shown == [*range(10), 0, 1, 2, *range(4, 10), 1, 2, *range(4, 10)]
+
+
+def test_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtrades_fast.evaluation.engine.SAVE_SECONDS", 0.0)
+    pixels = torch.full((10, 1, 2, 2), 120, dtype=torch.uint8)
+    images = ImageSet(pixels, torch.zeros(10, dtype=torch.int64), torch.arange(10))
+    file, wanted = tmp_path / "state.pt", (3, 0, 9)
+
+    def session(shown: list[int], fail_after: int, resume: bool = True) -> tuple[list[bool], tuple[int, ...]]:
+        run = engine(Threshold(), images, Progress(file, {"weights": "a"}, resume=resume), batch_size=4)
+        got = run.attack("breaks", Breaks(wanted, shown, fail_after), run.natural())
+        return got.standing.tolist(), got.stages
+
+    whole: list[int] = []
+    expected = session(whole, 10**9, resume=False)
+    for fail_after in (1, 4, 10, 13, 20):
+        file.unlink()
+        first: list[int] = []
+        with pytest.raises(KeyboardInterrupt):
+            session(first, fail_after)
+        second: list[int] = []
+        assert session(second, 10**9) == expected
+        assert first + second == whole
+    assert session([], 0) == expected  # all is done
+    with pytest.raises(ValueError, match="belongs to another evaluation \\(weights: a, now b\\)"):
+        Progress(file, {"weights": "b"}, resume=True)
+    Progress(file, {"weights": "b"})  # without resume it does not matter
+    Progress(file, {"weights": "a"}, resume=True).finish()
+    assert not file.exists()
+    file.write_bytes(b"cut")
+    with pytest.raises(RuntimeError, match="damaged"):
+        Progress(file, {"weights": "a"}, resume=True)
+
+
+def test_batch_size_does_not_matter() -> None:
+    model = ten_class_network()
+    images = image_set(model)
+    flags = []
+    for batch_size in (3, 16, 64):
+        run = engine(model, images, batch_size=batch_size)
+        flags.append(run.attack("apgd", APGD(0.02, 20, loss="dlr", targets=3), run.natural()).standing.tolist())
+    assert flags[0] == flags[1] == flags[2]
