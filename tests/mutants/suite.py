@@ -98,6 +98,10 @@ def _robust_loss(k: Kernels, dtype: torch.dtype) -> None:
         for bounds, flows in (((2.0, 2.0), 1.0), ((2.5, 3.0), 0.0), ((1.0, 1.5), 0.0)):
             results = k.trades_loss(z, flat, zero, y, 2.0, 0.0, 0.25, *bounds, False)
             assert_same_bits(results[-1], 0.25 * flows * results[2])
+        # none is 0, whatever it is weighted with
+        given, none = (k.trades_loss(z, flat, s, y, 2.0, 0.0, 0.25, -INF, INF, False) for s in (zero, None))
+        for actual, expected in zip(none[:-1], given[:-1], strict=True):
+            assert_same_bits(actual, expected)
 
 
 def _labels_out_of_range(k: Kernels, z: Tensor, y: Tensor) -> None:

@@ -401,6 +401,16 @@ def test_a_weight_at_its_bound_is_not_clipped(implementation, entropy_gradient):
         torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("implementation", [pytest.param("kernel", marks=needs_kernel), "twin"])
+@pytest.mark.parametrize("classes", [10, 130])
+def test_no_sensitivity_is_one_of_zero(implementation, classes):
+    variant = _trades(2.0, 0.5, 0.25)
+    function = variant if implementation == "kernel" else variant.twin
+    clean, adv, sensitivity, labels = variant.make((BATCH, classes), F64)
+    without = function(clean, adv, None, labels)
+    assert_same_bits(tuple(without), tuple(function(clean, adv, torch.zeros_like(sensitivity), labels)))
+
+
 @pytest.mark.parametrize("classes", [2, 10, 130])
 def test_published_mart(classes):
     """As MART's authors compute it, with autograd through all of it."""
