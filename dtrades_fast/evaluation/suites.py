@@ -1,0 +1,86 @@
+"""Attacks by name, and the suites that they make up."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from dtrades_fast.attacks import APGD, FGSM, PGD, Attack
+from dtrades_fast.attacks.autoattack import TARGETS, AutoAttack
+from dtrades_fast.attacks.fab import FAB
+from dtrades_fast.attacks.square import Square
+from dtrades_fast.evaluation.official import OfficialAutoAttack
+
+__all__ = ["ATTACKS", "SUITES", "Norm", "make_attack"]
+
+Norm = Literal["linf", "l2"]
+
+#: What a name may be, for help and messages.
+ATTACKS = (
+    "fgsm, pgdK (K steps, e.g. pgd20), pgdK-rR (R restarts, e.g. pgd20-r5), apgd-ce, apgd-t, fab-t, square and "
+    "autoattack, each also with -l2"
+)
+#: Attacks of the suites; minimum-norm and blackbox have parts that are no attack with a fixed epsilon.
+SUITES: dict[str, tuple[str, ...]] = {
+    "quick": ("fgsm", "pgd20"),
+    "standard": ("fgsm", "pgd20", "autoattack"),
+    "blackbox": ("square",),
+    "minimum-norm": (),
+    "full": ("fgsm", "pgd20", "autoattack", "square"),
+}
+
+
+def make_attack(
+    name: str,
+    epsilon: float,
+    step_size: float | None = None,
+    *,
+    norm: Norm = "linf",
+    classes: int = 10,
+    official: bool = False,
+) -> Attack:
+    """The attack of that name, see :data:`ATTACKS`.
+
+    PGD ends at the first image that fools the model, as the others do.
+
+    Args:
+        name: e.g. ``"pgd20-r5"``; a name that ends in ``-l2`` has that norm.
+        epsilon: radius in pixel units.
+        step_size: of PGD, in pixel units; ``epsilon / 4`` if not given.
+        norm: of a name that says none.
+        classes: number of classes of the model.
+        official: AutoAttack's official code instead of ours.
+
+    Raises:
+        ValueError: there is no such attack, or none for so few classes.
+    """
+    bare = name.removesuffix("-l2")
+    norm = "l2" if bare != name else norm
+    targets = min(TARGETS, classes - 1)
+    if bare == "fgsm":
+        return FGSM(epsilon) if norm == "linf" else PGD(epsilon, 1, epsilon or None, norm, start="clean")
+    if bare == "autoattack":
+        return (OfficialAutoAttack if official else AutoAttack)(epsilon, norm, classes)
+    if bare == "apgd-ce":
+        return APGD(epsilon, norm=norm)
+    if bare in ("apgd-t", "fab-t") and classes < 4:
+        raise ValueError(f"{name} needs at least 4 classes, got {classes}: use apgd-ce, pgdK and square")
+    if bare == "apgd-t":
+        return APGD(epsilon, norm=norm, loss="dlr", targets=targets)
+    if bare == "fab-t":
+        return FAB(norm=norm, targets=targets, epsilon=epsilon)
+    if bare == "square":
+        return Square(epsilon, norm=norm)
+    found = re.fullmatch(r"pgd([1-9]\d*)(?:-r([1-9]\d*))?", bare)
+    if found is None:
+        raise ValueError(f"unknown attack {name!r}; known are {ATTACKS}")
+    steps, restarts = found.groups()
+    return PGD(epsilon, int(steps), step_size, norm=norm, restarts=int(restarts or 1), stop_early=True)
+
+
+def names(attacks: str | None, suite: str) -> Sequence[str]:
+    """The attacks asked for: a list with commas, or those of the suite."""
+    if attacks is None:
+        return SUITES[suite]
+    return list(dict.fromkeys(name for name in attacks.split(",") if name))

@@ -1,0 +1,97 @@
+"""The verdict on masked gradients: right on planted networks, and a plain function of its figures."""
+
+import pytest
+import small_nets
+import torch
+from torch import Tensor, nn
+
+from dtrades_fast.attacks import FGSM, PGD
+from dtrades_fast.evaluation import verdict
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def verdict_on(model: nn.Module, count: int = 64, norm: verdict.Norm = "linf", epsilon: float = small_nets.EPSILON):
+    images, labels, index = small_nets.batch(count)
+    return verdict.judge(*verdict.probe(model, images, labels, index, epsilon=epsilon, norm=norm, key=1))
+
+
+class Changed(nn.Module):
+    """A network behind or before a change."""
+
+    def __init__(self, network: nn.Module, before=lambda x: x, after=lambda z: z):
+        super().__init__()
+        self.network, self.before, self.after = network, before, after
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.after(self.network(self.before(images)))
+
+
+@pytest.mark.parametrize("kind", ["standard", "robust"])
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", small_nets.EPSILON), ("l2", 0.5)])
+def test_healthy(kind: str, norm: verdict.Norm, epsilon: float) -> None:
+    got = verdict_on(small_nets.network(kind), norm=norm, epsilon=epsilon)  # type: ignore[arg-type]
+    assert (got.verdict, got.reasons) == ("healthy", ())
+    assert got.points > 40
+
+
+def test_single_steps_that_mislead() -> None:
+    model = small_nets.network("masked")
+    images, labels, _ = small_nets.batch(64)
+    stands = [(model(attack(model, images, labels)).argmax(1) == labels).float().mean() for attack in ATTACKS]
+    assert stands[0] > 0.5  # it looks robust to the attack that it was trained with
+    assert stands[1] < 0.1
+    got = verdict_on(model)
+    assert got.verdict == "masked"
+    assert "stand after a single step" in got.reasons[0]
+
+
+ATTACKS = (FGSM(small_nets.EPSILON), PGD(small_nets.EPSILON, 20))
+
+
+def test_saturated_logits() -> None:
+    got = verdict_on(Changed(small_nets.network("robust"), after=lambda z: 1000 * z))
+    assert got.verdict == "masked"
+    assert got.figures["zero_gradient"] > 0.5
+
+
+def test_quantised_input() -> None:
+    got = verdict_on(Changed(small_nets.network("robust"), before=lambda x: (8 * x).round() / 8))
+    assert got.verdict == "masked"
+    assert got.figures["zero_gradient"] == 1.0
+
+
+def test_gradients_that_point_nowhere() -> None:
+    """A zigzag on the pixels shatters the gradients without making them zero: Square sees through it."""
+
+    def shatter(x: Tensor) -> Tensor:
+        return x + 0.02 * torch.sin(2000 * x)
+
+    got = verdict_on(Changed(small_nets.network("standard"), before=shatter))
+    assert got.verdict in ("masked", "suspicious")
+    assert got.figures["score_only"] + got.figures["noise_only"] > 0
+
+
+def test_random_forward_pass_is_no_proof() -> None:
+    got = verdict.judge({"zero_gradient": 0.9}, 64, random=True)
+    assert got.verdict == "suspicious"
+    assert "attack the average" in got.reasons[0]
+
+
+@pytest.mark.parametrize("name", verdict.RULES)
+def test_every_rule_counts(name: str) -> None:
+    rule = verdict.RULES[name]
+    calm = dict.fromkeys(verdict.RULES, 0.0)
+    for value, word in ((rule.suspicious - 1e-6, "healthy"), (rule.suspicious, "suspicious"), (rule.masked, "masked")):
+        got = verdict.judge({**calm, name: value}, 64)
+        assert got.verdict == word
+        assert len(got.reasons) == (word != "healthy")
+    assert verdict.judge({}, 0).verdict == "healthy"
+
+
+def test_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 16), nn.Flatten(), nn.Linear(4, 10)).eval()
+    random = torch.get_rng_state()
+    verdict_on(model, 8)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
