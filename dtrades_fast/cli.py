@@ -44,6 +44,13 @@ def plot(argv: Sequence[str], prog: str) -> int:
     return main(argv, prog)
 
 
+def export(argv: Sequence[str], prog: str) -> int:
+    """A trained run as a RobustBench-style checkpoint with a model card."""
+    from dtrades_fast.evaluation.export import main
+
+    return main(argv, prog)
+
+
 def recipes(argv: Sequence[str], prog: str) -> int:
     """Published settings and settings for a machine: list them, or print one."""
     from dtrades_fast.recipes import main
@@ -73,6 +80,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "train": train,
     "evaluate": evaluate,
     "plot": plot,
+    "export": export,
     "recipes": recipes,
     "bench": bench,
     "doctor": doctor,

@@ -44,7 +44,7 @@ def test_help_without_torch() -> None:
     code = "import sys; from dtrades_fast.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     done = command("-c", code)
     assert done.returncode == 0, done.stderr
-    for name in ("train", "evaluate", "plot", "recipes", "bench", "doctor"):
+    for name in ("train", "evaluate", "plot", "export", "recipes", "bench", "doctor"):
         assert name in done.stdout
 
 
@@ -54,10 +54,11 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert status() == 2
     assert "usage:" in capsys.readouterr().err
     assert status("trian") == 2
-    assert "unknown command 'trian'; known are train, evaluate, plot, recipes, bench, doctor" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "unknown command 'trian'; known are train, evaluate, plot, export, recipes, bench, doctor" in printed
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "recipes", "doctor"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "export", "recipes", "doctor"])
 def test_help_of_commands(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert status(name, "--help") == 0
     assert f"dtrades-fast {name}" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,17 +147,17 @@ def test_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("dtrades_fast.evaluation.engine.SAVE_SECONDS", 0.0)
     pixels = torch.full((10, 1, 2, 2), 120, dtype=torch.uint8)
     images = ImageSet(pixels, torch.zeros(10, dtype=torch.int64), torch.arange(10))
-    file, wanted = tmp_path / "state.pt", (3, 0, 9)
+    folder, wanted = tmp_path / "state", (3, 0, 9)
 
     def session(shown: list[int], fail_after: int, resume: bool = True) -> tuple[list[bool], tuple[int, ...]]:
-        run = engine(Threshold(), images, Progress(file, {"weights": "a"}, resume=resume), batch_size=4)
+        run = engine(Threshold(), images, Progress(folder, {"weights": "a"}, resume=resume), batch_size=4)
         got = run.attack("breaks", Breaks(wanted, shown, fail_after), run.natural())
         return got.standing.tolist(), got.stages
 
     whole: list[int] = []
     expected = session(whole, 10**9, resume=False)
     for fail_after in (1, 4, 10, 13, 20):
-        file.unlink()
+        shutil.rmtree(folder)
         first: list[int] = []
         with pytest.raises(KeyboardInterrupt):
             session(first, fail_after)
@@ -165,13 +166,16 @@ def test_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert first + second == whole
     assert session([], 0) == expected  # all is done
     with pytest.raises(ValueError, match="belongs to another evaluation \\(weights: a, now b\\)"):
-        Progress(file, {"weights": "b"}, resume=True)
-    Progress(file, {"weights": "b"})  # without resume it does not matter
-    Progress(file, {"weights": "a"}, resume=True).finish()
-    assert not file.exists()
-    file.write_bytes(b"cut")
+        Progress(folder, {"weights": "b"}, resume=True)
+    Progress(folder, {"weights": "a"}, resume=True).finish()
+    assert not folder.exists()
+    session([], 10**9, resume=False)
+    Progress(folder, {"weights": "b"})  # without resume it does not matter whose it was
+    Progress(folder, {"weights": "b"}, resume=True).finish()
+    folder.mkdir()
+    (folder / "0.pt").write_bytes(b"cut")
     with pytest.raises(RuntimeError, match="damaged"):
-        Progress(file, {"weights": "a"}, resume=True)
+        Progress(folder, {"weights": "a"}, resume=True)
 
 
 def test_batch_size_does_not_matter() -> None:

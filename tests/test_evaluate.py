@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_run
@@ -10,10 +11,13 @@ import torch
 from rich.console import Console
 
 from dtrades_fast import data as datasets
-from dtrades_fast.attacks import FGSM, PGD
+from dtrades_fast.attacks import APGD, FAB, FGSM, PGD, Square
+from dtrades_fast.attacks.autoattack import AutoAttack
 from dtrades_fast.config import load
-from dtrades_fast.evaluation import evaluate, metrics
-from dtrades_fast.evaluation.evaluate import Options, make_attack
+from dtrades_fast.evaluation import evaluate, metrics, report
+from dtrades_fast.evaluation.evaluate import Options
+from dtrades_fast.evaluation.official import OfficialAutoAttack
+from dtrades_fast.evaluation.suites import make_attack
 from dtrades_fast.training import checkpoint
 from dtrades_fast.training.run_folder import RunFolder
 from dtrades_fast.training.trainer import create_model
@@ -33,6 +37,11 @@ def options(folder: RunFolder, **given: object) -> Options:
     return Options(runs=(str(folder.path),), device="cpu", threads=1, **given)  # type: ignore[arg-type]
 
 
+def evaluated(folder: RunFolder, **given: object) -> dict[str, Any]:
+    asked = options(folder, **given)
+    return evaluate.evaluate(evaluate.load(str(folder.path), asked), asked)[0]
+
+
 def flags(text: str) -> torch.Tensor:
     return torch.tensor([character == "1" for character in text])
 
@@ -50,7 +59,7 @@ def test_figures_by_hand() -> None:
 
 
 def test_record(folder: RunFolder) -> None:
-    record = evaluate.evaluate(folder, options(folder, attacks="fgsm,pgd3-r2,pgd2-l2", epsilon="16/255"))
+    record = evaluated(folder, attacks="fgsm,pgd3-r2,pgd2-l2", epsilon="16/255")
     assert (record["epsilon"], record["points"], record["checkpoint"]) == ("16/255", 9, "best")
     assert record["attacks"]["pgd3-r2"]["settings"]["restarts"] == 2
     assert record["attacks"]["pgd3-r2"]["settings"]["epsilon"] == 16 / 255
@@ -74,7 +83,7 @@ def test_record_is_that_of_the_model(folder: RunFolder) -> None:
         model = create_model(config, sets.info).eval()
         model.load_state_dict(checkpoint.load_weights(file))
         images, labels = sets.test.images(slice(None)), sets.test.labels
-        record = evaluate.evaluate(folder, options(folder, attacks="fgsm", checkpoint=name))
+        record = evaluated(folder, attacks="fgsm", checkpoint=name)
         assert record["epsilon"] == "8/255"
         adv = FGSM(8 / 255)(model, images, labels)
         assert flags(record["correct"]).equal(model(images).argmax(1) == labels)
@@ -84,15 +93,18 @@ def test_record_is_that_of_the_model(folder: RunFolder) -> None:
 def test_independent_of_the_batch_size(folder: RunFolder) -> None:
     records = []
     for size in (1, 4, 100):
-        given = options(folder, attacks="pgd3,pgd2-r3,pgd2-l2", epsilon="0.2", batch_size=size, split="validation")
-        records.append(evaluate.evaluate(folder, given))
-        records.append(evaluate.evaluate(folder, options(folder, attacks="pgd3", epsilon="0.2", batch_size=size)))
+        for asked in (
+            {"attacks": "pgd3,pgd2-r3,pgd2-l2", "split": "validation"},
+            {"attacks": "pgd3,apgd-ce"},
+        ):
+            record = evaluated(folder, epsilon="0.2", batch_size=size, **asked)
+            records.append((record["correct"], {name: a["correct"] for name, a in record["attacks"].items()}))
     assert records[0] == records[2] == records[4]
     assert records[1] == records[3] == records[5]
 
 
 def test_limit_takes_every_class(folder: RunFolder) -> None:
-    record = evaluate.evaluate(folder, options(folder, attacks="", limit=6))
+    record = evaluated(folder, attacks="", limit=6)
     assert record["points"] == 6
     assert len(record["per_class"]) == 3
     assert len(record["ids"]) == 6
@@ -100,11 +112,21 @@ def test_limit_takes_every_class(folder: RunFolder) -> None:
 
 def test_attack_names() -> None:
     assert make_attack("fgsm", 0.1) == FGSM(0.1)
-    assert make_attack("pgd20", 0.1) == PGD(0.1, 20)
-    assert make_attack("pgd7-r5", 0.1, 0.02) == PGD(0.1, 7, 0.02, restarts=5)
-    assert make_attack("pgd20-l2", 0.5) == PGD(0.5, 20, norm="l2")
-    assert make_attack("pgd20-r5-l2", 0.5) == PGD(0.5, 20, norm="l2", restarts=5)
-    for name in ("pgd", "pgd0", "pgd20-r0", "nope", "fgsm-l2", "pgd20-l2-r5"):
+    assert make_attack("fgsm-l2", 0.5) == PGD(0.5, 1, 0.5, "l2", start="clean")
+    assert make_attack("pgd20", 0.1) == PGD(0.1, 20, stop_early=True)
+    assert make_attack("pgd7-r5", 0.1, 0.02) == PGD(0.1, 7, 0.02, restarts=5, stop_early=True)
+    assert make_attack("pgd20", 0.5, norm="l2") == PGD(0.5, 20, norm="l2", stop_early=True)
+    assert make_attack("pgd20-r5-l2", 0.5) == PGD(0.5, 20, norm="l2", restarts=5, stop_early=True)
+    assert make_attack("autoattack", 0.1) == AutoAttack(0.1)
+    assert make_attack("autoattack-l2", 0.1, classes=5) == AutoAttack(0.1, "l2", 5)
+    assert make_attack("autoattack", 0.1, official=True) == OfficialAutoAttack(0.1)
+    assert make_attack("apgd-ce", 0.1) == APGD(0.1)
+    assert make_attack("apgd-t", 0.1, classes=6) == APGD(0.1, loss="dlr", targets=5)
+    assert make_attack("fab-t-l2", 0.1) == FAB("l2", targets=9, epsilon=0.1)
+    assert make_attack("square", 0.1) == Square(0.1, 5000)
+    with pytest.raises(ValueError, match="apgd-t needs at least 4 classes, got 3"):
+        make_attack("apgd-t", 0.1, classes=3)
+    for name in ("pgd", "pgd0", "pgd20-r0", "nope", "pgd20-l2-r5"):
         with pytest.raises(ValueError, match=f"unknown attack '{name}'; known are fgsm, pgdK"):
             make_attack(name, 0.1)
 
@@ -115,11 +137,11 @@ def test_eval_json(folder: RunFolder, tmp_path: Path) -> None:
     def stored() -> list[dict]:  # type: ignore[type-arg]
         return json.loads(path.read_text())["evaluations"]
 
-    record = evaluate.evaluate(folder, options(folder, attacks="fgsm"))
+    record = evaluated(folder, attacks="fgsm")
     evaluate.write(path, record)
     evaluate.write(path, record)
     assert stored() == [record]
-    other = evaluate.evaluate(folder, options(folder, attacks="pgd2"))
+    other = evaluated(folder, attacks="pgd2")
     evaluate.write(path, other)  # the same points: one record with both attacks
     assert list(stored()[0]["attacks"]) == ["fgsm", "pgd2"]
     evaluate.write(path, {**record, "epsilon": "0.5"})
@@ -130,9 +152,9 @@ def test_eval_json(folder: RunFolder, tmp_path: Path) -> None:
 
 
 def test_table(folder: RunFolder) -> None:
-    record = evaluate.evaluate(folder, options(folder, attacks="fgsm,pgd2", epsilon="8/255"))
+    record = evaluated(folder, attacks="fgsm,pgd2", epsilon="8/255")
     output = io.StringIO()
-    Console(file=output, width=80).print(evaluate.table([record, {**record, "run": "another", "epsilon": "0.1"}]))
+    Console(file=output, width=80).print(report.table([record, {**record, "run": "another", "epsilon": "0.1"}]))
     text = output.getvalue()
     assert "epsilon 8/255, 0.1; 9 test images" in " ".join(text.split())
     assert "fgsm 8/255" in text
@@ -155,15 +177,15 @@ def test_refusals(folder: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"nope is no run folder .*runs in .*: {folder.path.name}"):
         evaluate.find_run("nope", str(folder.path.parent))
     with pytest.raises(ValueError, match="--batch-size must be at least 1"):
-        evaluate.evaluate(folder, options(folder, batch_size=0))
+        evaluated(folder, batch_size=0)
     with pytest.raises(ValueError, match="--epsilon must be a number >= 0"):
-        evaluate.evaluate(folder, options(folder, epsilon="x"))
+        evaluated(folder, epsilon="x")
     with pytest.raises(ValueError, match="needs at least one run"):
         evaluate.main([], "evaluate")
     young = RunFolder(tmp_path)
     young.config.write_text(folder.config.read_text())
     with pytest.raises(FileNotFoundError, match="has not finished its first epoch"):
-        evaluate.evaluate(young, options(young))
+        evaluated(young)
     young.best_weights.write_bytes(b"no weights")
     with pytest.raises(RuntimeError, match="is damaged"):
-        evaluate.evaluate(young, options(young))
+        evaluated(young)

@@ -1,20 +1,23 @@
 """Runs attacks over a data set, part by part and batch by batch, and keeps what each has found.
 
 A search may run on a faster form of the network. Whatever it claims is checked on the network itself, in its own
-precision, and against ball and box, before it counts. What is done is kept in a file after every batch, so that a
-killed evaluation goes on from there to the same result.
+precision, and against ball and box, before it counts. What is done is kept in a file, so that a killed evaluation goes
+on from there to the same result. Several processes (``torchrun``) take turns at the batches, which are the same for any
+number of them, and tell each other what they found after every part.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrades_fast.attacks import Attack
@@ -27,6 +30,8 @@ __all__ = ["Cost", "Engine", "Outcome", "Progress"]
 
 #: A point may leave its ball by this share of epsilon, which is float32 rounding, and the box by nothing.
 BALL_TOLERANCE = 1e-5
+#: A number between 0, broken, and 1: the point stands, though the search claimed to have broken it.
+REFUTED = 0.5
 #: Seconds between two times that what is done is written to the file.
 SAVE_SECONDS = 10.0
 
@@ -90,29 +95,54 @@ class Progress:
     """What is done so far: by name, one number per point, NaN where it is still to be done.
 
     Args:
-        path: the file, or None to keep nothing.
-        fingerprint: of all that the numbers depend on; a file of another one is refused.
-        resume: go on from the file if it is there.
+        folder: where each process keeps its file, or None to keep nothing.
+        fingerprint: of all that the numbers depend on; files of another one are refused.
+        resume: go on from the files that are there, of whatever number of processes.
 
     Raises:
-        ValueError: the file belongs to another evaluation.
-        RuntimeError: the file is damaged.
+        ValueError: a file belongs to another evaluation.
+        RuntimeError: a file is damaged.
     """
 
-    def __init__(self, path: Path | None, fingerprint: dict[str, Any], *, resume: bool = False):
-        self.path, self.fingerprint = path, fingerprint
+    def __init__(self, folder: Path | None, fingerprint: dict[str, Any], *, resume: bool = False):
+        self.folder, self.fingerprint = folder, fingerprint
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.values: dict[str, Tensor] = {}
         self.costs: dict[str, Cost] = {}
         self._saved = time.monotonic()
-        if path is None or not resume or not path.is_file():
+        if folder is None:
             return
+        if resume:
+            for path in sorted(folder.glob("*.pt")):
+                self._load(path)
+        self._wait()
+        if self.rank == 0 and folder.is_dir():
+            self._remove()
+        self._wait()
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            self.save()
+
+    def _load(self, path: Path) -> None:
         state = checkpoint.load_state(path)
-        changed = [name for name in fingerprint if state["fingerprint"].get(name) != fingerprint[name]]
-        if changed:
-            what = "; ".join(f"{n}: {state['fingerprint'].get(n)}, now {fingerprint[n]}" for n in changed)
+        if not {"fingerprint", "values", "costs"} <= set(state):
+            raise RuntimeError(f"{path} is damaged or of something else: delete it and leave --resume out")
+        then = state["fingerprint"]
+        if changed := [name for name in self.fingerprint if then.get(name) != self.fingerprint[name]]:
+            what = "; ".join(f"{name}: {then.get(name)}, now {self.fingerprint[name]}" for name in changed)
             raise ValueError(f"{path} belongs to another evaluation ({what}): leave --resume out to start again")
-        self.values = state["values"]
-        self.costs = {name: Cost(*numbers) for name, numbers in state["costs"].items()}
+        for name, numbers in state["values"].items():
+            self._merge(name, numbers)
+        for name, cost in state["costs"].items() if self.rank == 0 else ():
+            self.costs[name] = self.costs.get(name, Cost()) + Cost(*cost)
+
+    def _merge(self, name: str, numbers: Tensor) -> None:
+        mine = self.of(name, len(numbers))
+        mine.copy_(torch.where(mine.isnan(), numbers, mine))
+
+    def _wait(self) -> None:
+        if self.processes > 1:
+            dist.barrier()
 
     def of(self, name: str, count: int) -> Tensor:
         """The numbers of that name, [count], float64."""
@@ -125,18 +155,39 @@ class Progress:
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.save()
 
+    def share(self, name: str) -> None:
+        """Tell the other processes what this one has found, and take over what they have. They all must call it."""
+        if self.processes == 1:
+            return
+        everyone: list[Any] = [None] * self.processes
+        dist.all_gather_object(everyone, (self.values[name], self.costs.get(name, Cost())))
+        for numbers, _ in everyone:
+            self._merge(name, numbers)
+        if self.rank == 0:  # one process keeps the sum, so that none is counted twice
+            self.costs[name] = sum((cost for _, cost in everyone), Cost())
+        else:
+            self.costs.pop(name, None)
+
     def save(self) -> None:
-        """Write the file, all or nothing."""
-        if self.path is not None:
+        """Write this process' file, all or nothing."""
+        if self.folder is not None:
             costs = {name: [c.seconds, c.forwards, c.backwards] for name, c in self.costs.items()}
             state = {"fingerprint": self.fingerprint, "values": self.values, "costs": costs}
-            checkpoint.save_state(self.path, state)
+            checkpoint.save_state(self.folder / f"{self.rank}.pt", state)
         self._saved = time.monotonic()
 
     def finish(self) -> None:
-        """Forget the file: the result is in other hands."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        """Forget the files: the result is in other hands."""
+        self._wait()
+        if self.folder is not None and self.rank == 0:
+            self._remove()
+            self.folder.rmdir()
+
+    def _remove(self) -> None:
+        if self.folder is not None:
+            checkpoint.remove_leftovers(self.folder)
+            for path in self.folder.glob("*.pt"):
+                path.unlink()
 
 
 class Engine:
@@ -174,13 +225,12 @@ class Engine:
 
     def natural(self) -> Tensor:
         """Whether each image is classified correctly, [N], bool, on the host."""
-        name, every = "clean", torch.arange(len(self.images))
-        for rows in self._batches(name, every):
-            with self._measured() as cost, torch.no_grad():
-                images, labels, _ = self._batch(rows)
-                flags = self.model(images).argmax(1) == labels
-            self.progress.done(name, rows, flags, cost)
-        return self.progress.of(name, len(self.images)) == 1
+
+        def right(images: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
+            with torch.no_grad():
+                return self.model(images).argmax(1) == labels
+
+        return self.measure("clean", right, torch.ones(len(self.images), dtype=torch.bool)) == 1
 
     def attack(self, name: str, attack: Attack, standing: Tensor) -> Outcome:
         """Run the attack on the standing points.
@@ -193,38 +243,53 @@ class Engine:
         refuted, stages, cost = 0, [], Cost()
         for number, part in enumerate(attack.parts()):
             stage = f"{name}/{number}"
-            for rows in self._batches(stage, standing.nonzero().squeeze(1)):
-                with self._measured() as spent:
-                    broken, claimed = self._try(part, rows)
-                # 1 stands, 0 broken, 0.5 stands although the search thought otherwise
-                self.progress.done(stage, rows, torch.where(broken, 0.0, torch.where(claimed, 0.5, 1.0)), spent)
-            numbers = self.progress.of(stage, len(self.images))
-            refuted += int((numbers == 0.5).sum())
+            numbers = self.measure(stage, functools.partial(self._try, part), standing)
+            refuted += int((numbers == REFUTED).sum())
             standing = standing & (numbers > 0)
             stages.append(int(standing.sum()))
-            cost = cost + self.progress.costs.get(stage, Cost())
+            cost = cost + self.cost(stage)
         return Outcome(standing, cost, refuted, tuple(stages) if len(stages) > 1 else ())
 
-    def _try(self, attack: Attack, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of these points the attack has broken, and on which the search thought that it had."""
-        images, labels, ids = self._batch(rows)
-        images = images.contiguous(memory_format=self.layout)
-        adv = attack(self.search, images, labels, index=ids, key=self.key)
+    def measure(self, name: str, function: Callable[[Tensor, Tensor, Tensor], Tensor], rows: Tensor) -> Tensor:
+        """A number for each of some points, kept under the name.
+
+        Args:
+            name: what it is.
+            function: of images, labels and ids of a batch, gives [n] numbers, none of them NaN.
+            rows: [N], bool: the points.
+
+        Returns:
+            [N], float64, on the host; NaN for the other points.
+        """
+        numbers, progress = self.progress.of(name, len(self.images)), self.progress
+        for turn, part in enumerate(rows.nonzero().squeeze(1).split(self.batch_size)):
+            if turn % progress.processes == progress.rank and numbers[part].isnan().any():
+                with self._measured() as cost:
+                    found = function(*self._batch(part))
+                progress.done(name, part, found, cost)
+        progress.share(name)
+        return numbers.where(rows, torch.nan)
+
+    def cost(self, name: str) -> Cost:
+        """What :meth:`measure` took for all points of that name, in all processes and sessions."""
+        return self.progress.costs.get(name, Cost())
+
+    def _try(self, attack: Attack, images: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
+        """Per point 0 if the attack has broken it, 1 if it stands, :data:`REFUTED` if only the search thought not."""
+        adv = attack(self.search, self.laid_out(images), labels, index=ids, key=self.key)
         with torch.no_grad(), frozen(self.model):
             fooled = self.model(adv.contiguous()).argmax(1) != labels
             claimed = self.search(adv).argmax(1) != labels if self.search is not self.model else fooled
-        return fooled & allowed(adv, images, attack), claimed
+        broken = fooled & allowed(adv, images, attack)
+        return torch.where(broken, 0.0, torch.where(claimed, REFUTED, 1.0))
+
+    def laid_out(self, images: Tensor) -> Tensor:
+        """The images in the memory format that the search's network is fastest with."""
+        return images.contiguous(memory_format=self.layout)
 
     def _batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = rows.to(self.images.labels.device)
         return self.images.images(rows), self.images.labels[rows], self.images.ids[rows]
-
-    def _batches(self, name: str, rows: Tensor) -> Iterator[Tensor]:
-        """The batches of these points that are still to be done; the split does not depend on what is done."""
-        numbers = self.progress.of(name, len(self.images))
-        for part in rows.split(self.batch_size):
-            if numbers[part].isnan().any():
-                yield part
 
     @contextmanager
     def _measured(self) -> Iterator[Cost]:

@@ -1,45 +1,35 @@
-"""Evaluate runs from their folders: accuracy clean and under attack, ``eval.json`` and a table."""
+"""``dtrades-fast evaluate``: accuracy of trained networks, clean and under attack, and whether it is to be believed."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import re
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 import tyro
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from torch import nn
 
 import dtrades_fast
-from dtrades_fast import config as configuration
-from dtrades_fast import data, environment, rng
-from dtrades_fast.attacks import FGSM, PGD
-from dtrades_fast.config import Config, option
-from dtrades_fast.evaluation import metrics
+from dtrades_fast import data, environment, models
+from dtrades_fast.config import option
+from dtrades_fast.data import ImageSet
+from dtrades_fast.evaluation import blackbox, report, suites
+from dtrades_fast.evaluation.engine import Progress
+from dtrades_fast.evaluation.record import SCHEMA, Settings, evaluate_model
+from dtrades_fast.evaluation.targets import Target, TrainedRun, find_run, load_run, load_target
+from dtrades_fast.models.normalize import Classifier
 from dtrades_fast.pixels import pixels
 from dtrades_fast.training import checkpoint
-from dtrades_fast.training.run_folder import RunFolder
-from dtrades_fast.training.trainer import create_model
 
-__all__ = [
-    "Options",
-    "RunOptions",
-    "TrainedRun",
-    "evaluate",
-    "find_run",
-    "load_run",
-    "main",
-    "make_attack",
-    "parse",
-]
+__all__ = ["Options", "RunOptions", "TrainedRun", "evaluate", "find_run", "load_run", "main", "parse"]
 
 FILE_WIDTH = 132  #: characters of the tables where the output is not a terminal
 
@@ -49,7 +39,7 @@ class RunOptions:
     """Which runs to look at, and how: the options that commands on trained runs share."""
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Run folders, or names of runs in --runs-dir."""
+    """Run folders, or names of runs in --runs-dir; evaluate also takes files of weights."""
     limit: Annotated[int | None, option("INT", "Images to look at, the same share of each class.", "all")] = None
     batch_size: int = 256
     """Images at a time; it does not change the result."""
@@ -63,18 +53,50 @@ class RunOptions:
 
 @dataclass
 class Options(RunOptions):
-    """Accuracy of runs, clean and under attack: writes RUN/eval.json and prints one table over all of them."""
+    """Accuracy of networks, clean and under attack, and a verdict on it: writes eval.json and prints tables.
 
-    attacks: str = "fgsm,pgd20"
-    """Attacks, separated by commas: fgsm, pgdK (K steps), pgdK-rR (R restarts), pgdK-l2, pgdK-rR-l2."""
+    A network is a run, a .safetensors file, or a PyTorch checkpoint of this or another project. Suites: quick (FGSM,
+    PGD-20), standard (quick and AutoAttack), blackbox (Square, and transfer from --surrogates and a twin),
+    minimum-norm (APN in Linf and L2), full (all of them).
+    """
+
+    suite: Literal["quick", "standard", "blackbox", "minimum-norm", "full"] = "quick"
+    """Which attacks."""
+    attacks: Annotated[
+        str | None, option("STR", f"Attacks instead of the suite's, with commas: {suites.ATTACKS}.", "the suite's")
+    ] = None
+    engine: Literal["fast", "official"] = "fast"
+    """AutoAttack by this package, or by its authors' code (pip install 'dtrades-fast[autoattack]')."""
     checkpoint: Literal["best", "last"] = "best"
     """Weights of the best epoch (by validation) or of the last one."""
     split: Literal["test", "validation"] = "test"
     """Images to evaluate on."""
     epsilon: Annotated[str | None, option("STR", "Radius in pixel units, e.g. 8/255.", "the run's")] = None
+    norm: Annotated[Literal["linf", "l2"] | None, option("{linf,l2}", "Norm of the ball.", "the run's")] = None
     step_size: Annotated[str | None, option("STR", "Size of a PGD step in pixel units.", "epsilon / 4")] = None
     seed: int = 0
-    """Seed of the attacks' random starts."""
+    """Seed of the attacks' random numbers."""
+    surrogates: tuple[str, ...] = ()
+    """Runs or files of weights that transfer attacks make their images on."""
+    twin: Annotated[
+        str | None,
+        option(
+            "ARCH",
+            "Also train a twin of that architecture on the network's answers to the training images, and attack by it.",
+            "blackbox and full: the network's own",
+        ),
+    ] = None
+    resume: bool = False
+    """Go on with an evaluation that was killed."""
+    ignore: str = ""
+    """Findings of the guard rails, with commas, that are no reason to stop."""
+    dataset: Annotated[str | None, option("STR", "Data set, for files of weights.", "the run's")] = None
+    arch: Annotated[str | None, option("ARCH", "Architecture of a file of weights.", "recognised")] = None
+    width: Annotated[int | None, option("INT", "Channels of the first stage in a file.", "recognised")] = None
+    mean: tuple[float, ...] | None = None
+    """What a file's network wants subtracted from images in [0, 1], per channel."""
+    std: tuple[float, ...] | None = None
+    """What it wants them divided by then."""
 
 
 Asked = TypeVar("Asked", bound=RunOptions)
@@ -83,17 +105,39 @@ Asked = TypeVar("Asked", bound=RunOptions)
 def main(argv: Sequence[str], prog: str) -> int:
     """The sub-command ``evaluate``."""
     options = parse(Options, argv, prog)
-    console = Console()
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
-    folders = [find_run(name, options.runs_dir) for name in options.runs]
-    records = [evaluate(folder, options) for folder in folders]
-    for folder, record in zip(folders, records, strict=True):
-        write(folder.path / "eval.json", record)
-    console.print(table(records))
-    if len(records) == 1:
-        console.print(class_table(records[0]))
+    with processes() as rank:
+        console = Console(quiet=rank > 0)
+        if not console.is_terminal:
+            console.width = FILE_WIDTH
+        records = []
+        for name in options.runs:
+            record, progress = evaluate(load(name, options), options, console)
+            if rank == 0:
+                write(output(name, options), record)
+            progress.finish()
+            records.append(record)
+        console.print(report.table(records))
+        if len(records) == 1:
+            for view in report.tables(records[0]):
+                console.print(view)
+        for record in records:
+            console.print(report.markdown(record), soft_wrap=True, markup=False, highlight=False)
+            for line in verdict_lines(record):
+                console.print(line, soft_wrap=True, markup=False, highlight=False)
     return 0
+
+
+@contextmanager
+def processes() -> Iterator[int]:
+    """This process' number among those that ``torchrun`` started, 0 without it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield 0
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
 
 
 def parse(kind: type[Asked], argv: Sequence[str], prog: str) -> Asked:
@@ -110,188 +154,204 @@ def parse(kind: type[Asked], argv: Sequence[str], prog: str) -> Asked:
     return options
 
 
-def find_run(name: str, runs_dir: str) -> RunFolder:
-    """The folder of a run that was given by path or by name.
+def device_of(options: RunOptions) -> str:
+    """The device asked for; of several processes with GPUs, each its own."""
+    device = environment.device(options.device)
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{int(local) % torch.cuda.device_count()}" if device == "cuda" and local is not None else device
 
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    for path in (Path(name).expanduser(), Path(runs_dir).expanduser() / name):
-        folder = RunFolder(path)
-        if folder.config.is_file():
-            return folder
-    known = sorted(path.parent.name for path in Path(runs_dir).expanduser().glob("*/config.yaml"))
-    raise FileNotFoundError(
-        f"{name} is no run folder (no config.yaml there or in {Path(runs_dir) / name}); "
-        f"runs in {runs_dir}: {', '.join(known) or 'none'}"
+
+def load(name: str, options: Options) -> Target:
+    """The network of that name."""
+    file = {field: getattr(options, field) for field in ("arch", "width", "mean", "std")}
+    is_file = Path(name).expanduser().is_file()
+    return load_target(
+        name,
+        **(file if is_file else {}),
+        dataset=options.dataset,
+        epoch=options.checkpoint,
+        runs_dir=options.runs_dir,
+        device=device_of(options),
     )
 
 
-@dataclass(frozen=True)
-class TrainedRun:
-    """A run's network, in eval mode with the weights of one epoch, and its data."""
-
-    config: Config
-    model: nn.Module
-    sets: data.DataSets
-    weights_file: Path
+def output(name: str, options: Options) -> Path:
+    """Where the record goes: into the run's folder, or beside the file."""
+    path = Path(name).expanduser()
+    return path.with_name(path.name + ".eval.json") if path.is_file() else find_run(name, options.runs_dir).evaluation
 
 
-def load_run(
-    folder: RunFolder, epoch: Literal["best", "last"], data_root: str | None, device: str, limit: int | None
-) -> TrainedRun:
-    """The network of a run and its data.
-
-    Args:
-        folder: of the run.
-        epoch: whose weights: the best one's by validation, or the last one's.
-        data_root: folder of the data sets; the run's if None.
-        device: where both are put.
-        limit: images of each split to keep; None for all.
+def evaluate(target: Target, options: Options, console: Console | None = None) -> tuple[dict[str, Any], Progress]:
+    """One network under all attacks: the record that ``eval.json`` keeps, and what is to be forgotten once it does.
 
     Raises:
+        ValueError: an option that is not possible, or the guard rails have found an error.
         FileNotFoundError: the weights or the data set are missing.
-        RuntimeError: the weights are damaged.
     """
-    config = configuration.load(folder.config)
-    weights_file = folder.best_weights if epoch == "best" else folder.weights
-    weights = checkpoint.load_weights(weights_file)
-    sets = data.load(config.data.dataset, data_root or config.data.data_root, device, limit=limit)
-    model = create_model(config, sets.info).to(device)
-    model.load_state_dict(weights)
-    return TrainedRun(config, model.eval(), sets, weights_file)
-
-
-def make_attack(name: str, epsilon: float, step_size: float | None = None) -> PGD:
-    """The attack of that name: ``fgsm``, ``pgdK`` (K steps), ``pgdK-rR`` (R restarts), ``pgdK-l2``, ``pgdK-rR-l2``.
-
-    Args:
-        epsilon: radius in pixel units.
-        step_size: of PGD, in pixel units; ``epsilon / 4`` if not given.
-
-    Raises:
-        ValueError: there is no such attack.
-    """
-    if name == "fgsm":
-        return FGSM(epsilon)
-    found = re.fullmatch(r"pgd([1-9]\d*)(?:-r([1-9]\d*))?(-l2)?", name)
-    if found is None:
-        raise ValueError(
-            f"unknown attack {name!r}; known are fgsm, pgdK (K steps, e.g. pgd20), "
-            "pgdK-rR (R restarts, e.g. pgd20-r5), pgdK-l2 and pgdK-rR-l2"
+    for flag, number in (("--batch-size", options.batch_size), ("--limit", options.limit)):
+        if number is not None and number < 1:
+            raise ValueError(f"{flag} must be at least 1, got {number}")
+    console = console or Console(quiet=True)
+    sets, device = data_of(target, options), device_of(options)
+    images: ImageSet = getattr(sets, options.split)
+    settings = settings_of(target, options)
+    surrogates = {name: player(load(name, options)) for name in options.surrogates}
+    twin = options.twin or (target.arch if options.suite in ("blackbox", "full") and not options.attacks else None)
+    progress = Progress(
+        state_folder(target, options),
+        {
+            "network": target.sha256,
+            "images": hashlib.sha256(images.ids.cpu().numpy().tobytes()).hexdigest()[:16],
+            "dataset": target.dataset,
+            "split": options.split,
+            "surrogates": list(options.surrogates),
+            "twin": twin,
+            **json.loads(json.dumps(dataclasses.asdict(settings))),
+        },
+        resume=options.resume,
+    )
+    console.print(f"{target.name}: {target.source}; {len(images):,} {options.split} images of {target.dataset}")
+    for note in target.notes:
+        console.print(f"  {note}")
+    extracted = {}
+    if twin is not None:
+        extraction = extract(target, sets, twin, device, options.seed)
+        surrogates[f"twin-{twin}"] = blackbox.Player(extraction.twin, twin, twin_of=target.model)
+        extracted = {"arch": twin, "queries": extraction.queries, "agreement": extraction.agreement}
+        console.print(
+            f"twin {twin}: agrees on {100 * extraction.agreement:.1f} % of the {options.split} images after "
+            f"{extraction.queries:,} queries"
         )
-    steps, restarts, l2 = found.groups()
-    return PGD(epsilon, int(steps), step_size, norm="l2" if l2 else "linf", restarts=int(restarts or 1))
-
-
-def evaluate(folder: RunFolder, options: Options) -> dict[str, Any]:
-    """One run under all attacks: the record that ``eval.json`` keeps.
-
-    Raises:
-        ValueError: an option that is not possible.
-        FileNotFoundError: the weights or the data set are missing.
-    """
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
-    config = configuration.load(folder.config)
-    epsilon = options.epsilon or config.stored()["epsilon"]
-    step_size = None if options.step_size is None else pixels(options.step_size, "--step-size")
-    names = [name for name in options.attacks.split(",") if name]
-    attacks = {name: make_attack(name, pixels(epsilon, "--epsilon"), step_size) for name in names}
-    run = load_run(folder, options.checkpoint, options.data_root, environment.device(options.device), options.limit)
-    model, images, classes = run.model, getattr(run.sets, options.split), run.sets.info.classes
-
-    labels = images.labels.cpu()
-    natural = metrics.correct(model, images, None, 0, options.batch_size)
-    key = rng.key(options.seed, "evaluation")
-    results = {}
-    for name, attack in attacks.items():
-        robust = metrics.correct(model, images, attack, key, options.batch_size)
-        results[name] = {
-            "settings": dataclasses.asdict(attack),
-            **dataclasses.asdict(metrics.robustness(natural, robust, labels, classes)),
-            "correct": flag_string(robust),
-        }
-    return {
-        "run": folder.path.name,
-        "method": config.defense.method,
-        "arch": config.model.arch,
-        "dataset": config.data.dataset,
-        "checkpoint": options.checkpoint,
-        "weights_sha256": hashlib.sha256(run.weights_file.read_bytes()).hexdigest(),
+    record = evaluate_model(
+        target.model,
+        images,
+        sets.info.classes,
+        settings,
+        surrogates=surrogates,
+        player=player(target),
+        progress=progress,
+        ignore=[name for name in options.ignore.split(",") if name],
+        report=console.print,
+    )
+    method = target.config.defense.method if target.config else None
+    about = {
+        "run": target.name,
+        "method": method,
+        "arch": target.arch,
+        "source": target.source,
+        "notes": list(target.notes),
+        "dataset": target.dataset,
+        "checkpoint": options.checkpoint if target.folder else "file",
+        "weights_sha256": target.sha256,
         "split": options.split,
-        "points": len(images),
-        "epsilon": epsilon,
-        "seed": options.seed,
-        "na": metrics.accuracy(natural),
-        "per_class": metrics.per_class(natural, labels, classes),
-        "correct": flag_string(natural),
-        "ids": images.ids.tolist(),
-        "attacks": results,
+        "extraction": extracted,
         "version": dtrades_fast.__version__,
         "commit": environment.git_commit(),
     }
+    return {**about, **record}, progress
 
 
-def flag_string(flags: torch.Tensor) -> str:
-    """One character per sample, 1 for correct."""
-    return "".join("1" if flag else "0" for flag in flags.tolist())
+def data_of(target: Target, options: Options) -> data.DataSets:
+    """The data set that the network is evaluated on."""
+    if target.dataset is None:
+        raise ValueError(f"{target.name} is a file of weights: say with --dataset what it is to be evaluated on")
+    root = options.data_root or (target.config.data.data_root if target.config else "data")
+    sets = data.load(target.dataset, root, device_of(options), limit=options.limit)
+    if target.classes is not None and target.classes != len(sets.info.classes):
+        raise ValueError(
+            f"{target.name} has {target.classes} classes and {target.dataset} has {len(sets.info.classes)}: "
+            "name the data set that it was trained on with --dataset"
+        )
+    return sets
+
+
+def settings_of(target: Target, options: Options) -> Settings:
+    """What is asked for, with the run's own threat where nothing is said."""
+    epsilon = options.epsilon or target.epsilon
+    if epsilon is None:
+        raise ValueError(f"{target.name} is a file of weights: say with --epsilon how far attacks may go, e.g. 8/255")
+    pixels(epsilon, "--epsilon")
+    norms: tuple[suites.Norm, ...] = ("linf", "l2") if options.suite in ("minimum-norm", "full") else ()
+    return Settings(
+        epsilon=epsilon,
+        norm=options.norm or (target.config.attack.norm if target.config else "linf"),
+        attacks=tuple(suites.names(options.attacks, options.suite)),
+        step_size=None if options.step_size is None else pixels(options.step_size, "--step-size"),
+        official=options.engine == "official",
+        minimum_norms=() if options.attacks else norms,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+
+
+def state_folder(target: Target, options: Options) -> Path:
+    """Where an unfinished evaluation is kept."""
+    if target.folder is not None:
+        return target.folder.evaluation_state
+    name = next(name for name in options.runs if Path(name).expanduser().is_file())
+    path = Path(name).expanduser()
+    return path.with_name(path.name + ".eval-state")
+
+
+def player(target: Target) -> blackbox.Player:
+    return blackbox.Player(target.model, target.arch)
+
+
+def extract(target: Target, sets: data.DataSets, arch: str, device: str, seed: int) -> blackbox.Extraction:
+    """A twin trained on the network's answers to the images that it was trained on itself."""
+    info = sets.info
+    width = target.config.model.width if target.config else None
+    if isinstance(target.model, Classifier):
+        mean, std = (
+            numbers.flatten().tolist() for numbers in (target.model.normalize.mean, target.model.normalize.std)
+        )
+    else:
+        mean, std = [0.0] * info.channels, [1.0] * info.channels
+
+    def make() -> Classifier:
+        return models.create(
+            arch,
+            num_classes=len(info.classes),
+            in_channels=info.channels,
+            image_size=info.image_size,
+            width=width,
+            mean=mean,
+            std=std,
+        ).to(device)
+
+    return blackbox.extract(
+        target.model,
+        sets.train.images_uint8,
+        make,
+        held_out_uint8=sets.test.images_uint8,
+        augmentation=info.augmentation,
+        seed=seed,
+    )
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
     """Add a record to ``eval.json``.
 
-    Records of the same checkpoint but other weights are out of date and go. A record of the same points and epsilon
-    is merged with the new one, attack by attack.
+    Records of the same checkpoint but other weights, and of an older schema, are out of date and go. A record of the
+    same points and threat is merged with the new one, attack by attack.
     """
-    place = ("checkpoint", "split", "points", "epsilon", "seed")
+    place = ("checkpoint", "split", "points", "epsilon", "norm", "seed", "engine")
     earlier = json.loads(path.read_text())["evaluations"] if path.is_file() else []
     kept = []
     for other in earlier:
-        if other["checkpoint"] == record["checkpoint"] and other["weights_sha256"] != record["weights_sha256"]:
+        stale = other["checkpoint"] == record["checkpoint"] and other["weights_sha256"] != record["weights_sha256"]
+        if stale or other.get("schema") != SCHEMA:
             continue
         if all(other[name] == record[name] for name in place):
-            record = {**record, "attacks": {**other["attacks"], **record["attacks"]}}
+            merged = {name: {**other[name], **record[name]} for name in ("attacks", "minimum_norm", "transfer")}
+            record = {**record, **merged}
         else:
             kept.append(other)
-    checkpoint.write_text(path, json.dumps({"evaluations": [*kept, record]}) + "\n")
+    checkpoint.write_text(path, json.dumps({"schema": SCHEMA, "evaluations": [*kept, record]}) + "\n")
 
 
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
-
-
-def table(records: Sequence[dict[str, Any]]) -> Table:
-    """A row per run and attack, in percent; narrow enough for a terminal of 80 characters."""
-    epsilons = list(dict.fromkeys(record["epsilon"] for record in records))
-    counts = dict.fromkeys(f"{r['points']:,} {r['split']} images of {r['dataset']}" for r in records)
-    title = f"Accuracy in %, epsilon {', '.join(epsilons)}; {', '.join(counts)}"
-    view = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    view.add_column("run", overflow="fold", min_width=12)
-    for name in ("weights", "NA", "attack", "RA", "RD", "ASR\nall", "ASR\ncorrect", "worst\nclass", "spread"):
-        view.add_column(name, justify="left" if name in ("weights", "attack") else "right", no_wrap=True)
-    for record in records:
-        head = (record["run"], record["checkpoint"], percent(record["na"]))
-        for name, figures in record["attacks"].items():
-            attack = name if len(epsilons) == 1 else f"{name} {record['epsilon']}"
-            shares = [percent(figures[share]) for share in ("ra", "rd", "asr_all", "asr_correct")]
-            worst = f"{figures['worst_class']}: {percent(figures['worst_class_ra'])}"
-            view.add_row(*head, attack, *shares, worst, percent(figures["spread"]))
-            head = ("", "", "")
-        if not record["attacks"]:
-            view.add_row(*head)
-        view.add_section()
-    return view
-
-
-def class_table(record: dict[str, Any]) -> Table:
-    """NA and RA of each class of one run, in percent."""
-    title = f"Classes of {record['run']}, accuracy in %, epsilon {record['epsilon']}"
-    view = Table(title=title, box=box.SIMPLE_HEAD)
-    view.add_column("class")
-    columns = [record["per_class"], *(figures["per_class"] for figures in record["attacks"].values())]
-    for name in ("NA", *(f"RA {name}" for name in record["attacks"])):
-        view.add_column(name, justify="right")
-    for label in record["per_class"]:
-        view.add_row(label, *(percent(column[label]) for column in columns))
-    return view
+def verdict_lines(record: dict[str, Any]) -> list[str]:
+    """The last lines of an evaluation."""
+    found = record["verdict"]
+    what = f"verdict on {record['run']}: {found['verdict']} ({found['points']} points looked at)"
+    return [what, *(f"  {reason}" for reason in found["reasons"])]

@@ -10,8 +10,11 @@ __all__ = ["PreActResNet18", "preact_stage"]
 
 
 class PreActBlock(nn.Module):
-    """``x + conv(relu(bn(conv(relu(bn(x))))))``; where the shape changes, the shortcut is a 1x1 convolution of the
-    activated input."""
+    """``x + conv(relu(bn(conv(relu(bn(x))))))``; where the shape changes, the shortcut is a 1x1 convolution.
+
+    Attributes:
+        shortcut_of_input: that convolution sees the input itself, as in some published networks, not the activated one.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -20,13 +23,14 @@ class PreActBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
         self.relu = nn.ReLU(inplace=True)
+        self.shortcut_of_input = False
         self.shortcut = None
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Conv2d(in_channels, channels, kernel_size=1, stride=stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.relu(self.bn1(x))
-        shortcut = x if self.shortcut is None else self.shortcut(activated)
+        shortcut = x if self.shortcut is None else self.shortcut(x if self.shortcut_of_input else activated)
         return shortcut + self.conv2(self.relu(self.bn2(self.conv1(activated))))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torchvision.models import ResNet18_Weights, VGG16_BN_Weights, WeightsEnum
 
 from dtrades_fast.models.normalize import Classifier
 
-__all__ = ["LoadReport", "freeze_backbone", "load_init_weights"]
+__all__ = ["LoadReport", "freeze_backbone", "load_init_weights", "read_state"]
 
 _IMAGENET: dict[str, WeightsEnum] = {
     "resnet18": ResNet18_Weights.IMAGENET1K_V1,
@@ -61,7 +61,7 @@ def load_init_weights(model: Classifier, spec: str | Path, arch: str) -> LoadRep
         FileNotFoundError: the file does not exist, or the ImageNet weights can be neither found nor downloaded.
         ValueError: not a file of tensors, no ImageNet weights for ``arch``, or no weight tensor fits.
     """
-    state = _imagenet_state(arch) if spec == "imagenet" else _file_state(Path(spec).expanduser())
+    state = _imagenet_state(arch) if spec == "imagenet" else read_state(Path(spec).expanduser())
     own = model.state_dict()
     fits: dict[str, Tensor] = {}
     unexpected: list[str] = []
@@ -105,7 +105,17 @@ def _model_key(written: str) -> str:
     return key if key.startswith(("network.", "normalize.")) else f"network.{key}"
 
 
-def _file_state(path: Path) -> Mapping[str, Tensor]:
+def read_state(path: Path, containers: Sequence[str] = _CONTAINERS) -> Mapping[str, Tensor]:
+    """The state dict in a ``.safetensors`` or torch file, on the CPU; no code of the file's is run.
+
+    Args:
+        path: the file.
+        containers: names that a torch file may keep its state dict under.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds more than tensors, no state dict, or is damaged.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}: give a .safetensors or torch file, or 'imagenet'")
     try:
@@ -119,13 +129,13 @@ def _file_state(path: Path) -> Mapping[str, Tensor]:
         ) from error
     except (safetensors.SafetensorError, *_UNREADABLE) as error:
         raise ValueError(f"{path} is damaged, unreadable or not a weights file ({error}): copy it again") from error
-    return _state_in(content, path)
+    return _state_in(content, path, containers)
 
 
-def _state_in(content: Any, path: Path) -> Mapping[str, Tensor]:
+def _state_in(content: Any, path: Path, containers: Sequence[str]) -> Mapping[str, Tensor]:
     """The state dict in what a torch file held."""
     if isinstance(content, Mapping):
-        for container in _CONTAINERS:
+        for container in containers:
             if isinstance(content.get(container), Mapping):
                 content = content[container]
                 break
@@ -133,7 +143,7 @@ def _state_in(content: Any, path: Path) -> Mapping[str, Tensor]:
             return content
     found = f"a dict with the keys {list(content)[:8]}" if isinstance(content, Mapping) else type(content).__name__
     raise ValueError(
-        f"{path} holds {found}; expected is a state dict (names to tensors), bare or under {', '.join(_CONTAINERS)}"
+        f"{path} holds {found}; expected is a state dict (names to tensors), bare or under {', '.join(containers)}"
     )
 
 

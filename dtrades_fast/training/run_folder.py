@@ -21,7 +21,7 @@ LOCK = ".lock"
 
 
 class RunFolder:
-    """``runs/NAME/`` with config.yaml, env.json, metrics.jsonl, checkpoints, weights, plots and a TensorBoard log.
+    """``runs/NAME/``: config.yaml, env.json, metrics.jsonl, checkpoints, weights, plots, exports and a TensorBoard log.
 
     At the end of an epoch the files are written in this order: the metrics line, best.pt and model-best.safetensors,
     model.safetensors, last.pt. A run goes on from last.pt alone, so that wherever it is killed, what is newer than
@@ -38,6 +38,9 @@ class RunFolder:
         self.weights = path / "model.safetensors"
         self.best_weights = path / "model-best.safetensors"
         self.plots = path / "plots"
+        self.export = path / "export"
+        self.evaluation = path / "eval.json"
+        self.evaluation_state = path / "eval-state"
         self.tensorboard = path / "tensorboard"
 
     def check(self, config: Config) -> None:
@@ -65,7 +68,7 @@ class RunFolder:
 
     def _strange(self) -> list[str]:
         """Names in the folder that no run writes."""
-        own = {path.name for path in vars(self).values()} | {"eval.json"}
+        own = {path.name for path in vars(self).values()}
         return [name for name in self._names() if name not in own and not name.endswith(".tmp")]
 
     def _names(self) -> list[str]:
