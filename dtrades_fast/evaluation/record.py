@@ -274,7 +274,8 @@ def _transfers(
             "targets": list(found.targets),
             "relations": [list(row) for row in found.relations],
             "ra": (found.accuracy() / 100).tolist(),
-            "correct": {source: flag_string(found.standing[i, 0]) for i, source in enumerate(found.sources)},
+            "natural": [flag_string(row) for row in found.natural],
+            "standing": [[flag_string(column) for column in row] for row in found.standing],
         }
         for i, source in enumerate(found.sources):
             judge.say(f"{name} made on {source}", found.standing[i, 0])
@@ -306,9 +307,9 @@ def _verdict(
         standing = torch.stack(white).all(0)
         fallen = torch.zeros_like(standing)
         for entry in transfers.values():
-            for source, correct in entry["correct"].items():
+            for source, by_target in zip(entry["sources"], entry["standing"], strict=True):
                 if source != "target":
-                    fallen |= standing & ~flags(correct)
+                    fallen |= standing & ~flags(by_target[0])
         figures["transfer_only"] = int(fallen.sum()) / right
     return verdict.judge(figures, points, random=found.has("random"))
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from dtrades_fast import environment
 from dtrades_fast.config import option
 from dtrades_fast.evaluation.evaluate import RunOptions, find_run, load_run, parse
-from dtrades_fast.plot import figures
+from dtrades_fast.plot import evaluations, figures
 from dtrades_fast.plot.samples import Samples, measure
 from dtrades_fast.training import checkpoint
 from dtrades_fast.training.run_folder import RunFolder
@@ -27,7 +27,8 @@ METADATA: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}}
 
 @dataclass
 class Options(RunOptions):
-    """Pictures of runs, as PNG and PDF: training curves; lambda, entropy and sensitivity; adversarial images.
+    """Pictures of runs, as PNG and PDF: training curves; lambda, entropy and sensitivity; adversarial images; and, of
+    what evaluate has stored, accuracy against radius and queries, and transfer between networks.
 
     All but the curves need the weights and the data set, of which they show validation images. What cannot be drawn is
     left out with the reason, and the exit status is then 1.
@@ -74,7 +75,7 @@ def plot(options: Options) -> list[str]:
             samples[name] = look_at(run, lines[name], device, options)
         except (OSError, ValueError, RuntimeError, ModuleNotFoundError) as error:
             left_out.append(f"left out all but the curves of {name}: {error}")
-    for file, figure in pictures(samples, options.images):
+    for file, figure in (*pictures(samples, options.images), *evaluations.pictures(runs)):
         save(figure, out / file)
     for problem in left_out:
         print(problem, file=sys.stderr)

@@ -1,0 +1,247 @@
+"""A whole evaluation: what its record says, that it goes on after an interruption, and that processes share it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_nets
+import tiny_run
+import torch
+from torch import Tensor, nn
+
+from dtrades_fast.evaluation import evaluate
+from dtrades_fast.evaluation.blackbox import Player
+from dtrades_fast.evaluation.engine import Engine, Progress
+from dtrades_fast.evaluation.guards import GuardError
+from dtrades_fast.evaluation.minimum_norm import robust_accuracy
+from dtrades_fast.evaluation.record import SCHEMA, Settings, evaluate_model, flags
+from dtrades_fast.plot import evaluations
+from dtrades_fast.training.run_folder import RunFolder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CLASSES = [str(digit) for digit in range(10)]
+EPSILON = str(small_nets.EPSILON)
+
+
+def points(count: int):
+    return small_nets.digits()[1].subset(torch.arange(count))
+
+
+def record_of(model: nn.Module, count: int = 32, progress: Progress | None = None, **given: Any) -> dict[str, Any]:
+    people = {name: given.pop(name) for name in ("surrogates", "player", "ignore") if name in given}
+    settings = Settings(**{"epsilon": EPSILON, "attacks": ("fgsm", "pgd5"), **given})
+    return evaluate_model(model, points(count), CLASSES, settings, progress=progress, **people)
+
+
+def stable(record: dict[str, Any]) -> dict[str, Any]:
+    """Without what a second evaluation cannot repeat: seconds."""
+    return json.loads(
+        json.dumps(record), object_hook=lambda d: {name: value for name, value in d.items() if name != "seconds"}
+    )
+
+
+@pytest.fixture(scope="module")
+def full() -> dict[str, Any]:
+    robust, standard = (small_nets.network(kind) for kind in ("robust", "standard"))  # type: ignore[arg-type]
+    return record_of(
+        robust,
+        attacks=("fgsm", "pgd20", "apgd-ce", "square"),
+        minimum_norms=("linf", "l2"),
+        player=Player(robust, "small"),
+        surrogates={"standard": Player(standard, "small"), "masked": Player(small_nets.network("masked"), "small")},
+    )
+
+
+def test_figures_follow_from_points(full: dict[str, Any]) -> None:
+    json.dumps(full, allow_nan=False)
+    assert full["schema"] == SCHEMA
+    natural, every = flags(full["correct"]), []
+    assert len(natural) == len(full["ids"]) == full["points"] == 32
+    for entry in full["attacks"].values():
+        standing = flags(entry["correct"])
+        assert not (standing & ~natural).any()
+        assert entry["ra"] == standing.double().mean().item()
+        assert entry["rd"] == pytest.approx(full["na"] - entry["ra"])
+        assert entry["asr_all"] == pytest.approx(1 - entry["ra"])
+        assert entry["asr_correct"] == pytest.approx(entry["rd"] / full["na"])
+        assert entry["forwards"] > entry["backwards"] >= 0
+        every.append(standing)
+    assert full["ra_worst"] == torch.stack(every).all(0).double().mean().item()
+    assert full["attacks"]["square"]["backwards"] == 0
+    assert full["attacks"]["apgd-ce"]["ra"] <= full["attacks"]["pgd20"]["ra"] <= full["attacks"]["fgsm"]["ra"]
+
+
+def test_query_curve(full: dict[str, Any]) -> None:
+    entry = full["attacks"]["square"]
+    natural, standing = flags(full["correct"]), flags(entry["correct"])
+    spent = torch.tensor(entry["queries"]["per_point"])
+    assert (spent[~natural] == 0).all()
+    assert (spent[standing] == 5000).all()
+    broken = natural & ~standing
+    assert ((spent[broken] >= 1) & (spent[broken] <= 5000)).all()
+    assert entry["queries"]["ra"] == sorted(entry["queries"]["ra"], reverse=True)
+    assert entry["queries"]["ra"][-1] == entry["ra"]
+    assert entry["queries"]["median"] == spent[broken].double().quantile(0.5).item()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_minimum_norms(full: dict[str, Any], norm: str) -> None:
+    found = full["minimum_norm"][norm]
+    natural = flags(full["correct"])
+    norms = torch.tensor([float("inf") if value is None else value for value in found["per_point"]])
+    assert (norms[~natural] == 0).all()
+    assert (norms[natural] > 0).all()
+    assert found["apn"]["mean"] == pytest.approx(norms.clamp(max=found["cap"]).mean().item(), rel=1e-6)
+    assert all(found["apn"]["mean"] <= figures["mean"] for figures in found["by_attack"].values())
+    # the share that is larger than a radius is the accuracy under attacks of that radius
+    epsilon = small_nets.EPSILON
+    if norm == "linf":
+        ra = robust_accuracy(norms.double(), [epsilon]).item()
+        assert ra == (norms > epsilon).double().mean().item()
+        assert abs(ra - full["attacks"]["apgd-ce"]["ra"]) <= 2 / 32
+
+
+def test_transfer(full: dict[str, Any]) -> None:
+    entry = full["transfer"]["mifgsm"]
+    assert entry["sources"] == ["target", "standard", "masked", "ensemble"]
+    assert entry["targets"] == ["target", "standard", "masked"]
+    assert entry["relations"][0][0] == "white box"
+    assert entry["relations"][1][0] == "grey box"
+    assert entry["natural"][0] == full["correct"]
+    for row, shares in zip(entry["standing"], entry["ra"], strict=True):
+        assert [flags(column).double().mean().item() for column in row] == pytest.approx(shares)
+    assert entry["ra"][0][0] < entry["ra"][1][0]  # its own gradients serve better than another's
+
+
+def test_verdict_of_planted_networks() -> None:
+    assert record_of(small_nets.network("robust"), 64)["verdict"]["verdict"] == "healthy"
+    assert record_of(small_nets.network("masked"), 64)["verdict"]["verdict"] == "masked"
+
+    class Noisy(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return small_nets.network("robust")(images + 0.1 * torch.randn_like(images))
+
+    class Quantised(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return small_nets.network("robust")((8 * images).round() / 8)
+
+    noisy = record_of(Noisy().eval(), 64)
+    assert noisy["verdict"]["verdict"] == "suspicious"
+    assert "average" in noisy["verdict"]["reasons"][0]
+    assert [finding["name"] for finding in noisy["guards"]] == ["random"]
+    assert record_of(Quantised().eval(), 64)["verdict"]["verdict"] == "masked"
+
+
+def test_guard_rails_stop_it() -> None:
+    softmax = nn.Sequential(small_nets.network("robust"), nn.Softmax(1)).eval()
+    with pytest.raises(GuardError, match="probabilities"):
+        record_of(softmax)
+    ignored = record_of(softmax, ignore=["probabilities"])
+    assert ignored["ignored"] == ["probabilities"]
+    assert [finding["name"] for finding in ignored["guards"]] == ["probabilities"]
+    with pytest.raises(GuardError, match="8/255"):
+        record_of(small_nets.network("robust"), epsilon="8")
+
+
+def test_goes_on_to_the_same_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = small_nets.network("robust"), {"attacks": ("pgd5", "apgd-ce"), "batch_size": 8}
+    expected = stable(record_of(model, **given))
+    real, calls = Engine._try, [0]
+
+    def dies(self: Engine, *arguments: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 6:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr("dtrades_fast.evaluation.engine.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(Engine, "_try", dies)
+    with pytest.raises(KeyboardInterrupt):
+        record_of(model, progress=Progress(tmp_path / "state", {}), **given)
+    again = Progress(tmp_path / "state", {}, resume=True)
+    assert stable(record_of(model, progress=again, **given)) == expected
+    assert calls[0] < 6 + 8  # five batches had been done
+    again.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    images = tiny_run.images(tmp_path_factory.mktemp("images"))
+    return tiny_run.run(images, tmp_path_factory.mktemp("runs"), "--epochs", "8", "--lr", "0.05", "--run", "tiny")[0]
+
+
+def stored(path: Path) -> dict[str, Any]:
+    return stable(json.loads(path.read_text())["evaluations"][-1])
+
+
+def test_processes_share_it(run: RunFolder) -> None:
+    words = ["evaluate", str(run.path), "--attacks", "pgd3,apgd-ce,square", "--batch-size", "2", "--threads", "1"]
+    words += ["--epsilon", "0.2", "--device", "cpu"]
+    for start in (["-m"], ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m"]):
+        done = subprocess.run([sys.executable, *start, "dtrades_fast", *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("verdict on tiny") == 1
+        if start == ["-m"]:
+            alone = stored(run.evaluation)
+            run.evaluation.unlink()
+    assert stored(run.evaluation) == alone
+    assert not run.evaluation_state.exists()
+
+
+def test_command_resumes(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [str(run.path), "--attacks", "pgd3,apgd-ce", "--batch-size", "2", "--threads", "1", "--device", "cpu"]
+    assert evaluate.main(words, "evaluate") == 0
+    expected, real = stored(run.evaluation), Engine.attack
+    run.evaluation.unlink()
+
+    def dies(self: Engine, name: str, *arguments: Any) -> Any:
+        if name == "apgd-ce":
+            self.progress.save()
+            raise KeyboardInterrupt
+        return real(self, name, *arguments)
+
+    monkeypatch.setattr(Engine, "attack", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(words, "evaluate")
+    monkeypatch.setattr(Engine, "attack", real)
+    assert run.evaluation_state.is_dir()
+    with pytest.raises(ValueError, match=r"belongs to another evaluation \(epsilon: 8/255, now 0\.1"):
+        evaluate.main([*words, "--resume", "--epsilon", "0.1"], "evaluate")
+    assert evaluate.main([*words, "--resume"], "evaluate") == 0
+    assert stored(run.evaluation) == expected
+    assert not run.evaluation_state.exists()
+
+
+def test_files_of_weights(run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(run.best_weights.read_bytes())
+    dataset = evaluate.load(str(run.path), evaluate.Options(runs=(str(run.path),), device="cpu")).dataset
+    words = [str(file), "--attacks", "fgsm", "--threads", "1", "--device", "cpu"]
+    with pytest.raises(ValueError, match="say with --dataset"):
+        evaluate.main(words, "evaluate")
+    words += ["--dataset", str(dataset)]
+    with pytest.raises(ValueError, match="say with --epsilon"):
+        evaluate.main(words, "evaluate")
+    assert evaluate.main([*words, "--epsilon", "8/255"], "evaluate") == 0
+    record = stored(tmp_path / "weights.safetensors.eval.json")
+    assert (record["run"], record["checkpoint"], record["method"]) == ("weights", "file", None)
+    assert "| weights |" in capsys.readouterr().out
+
+
+def test_twin_and_surrogates(run: RunFolder) -> None:
+    words = [str(run.path), "--suite", "blackbox", "--surrogates", str(run.path), "--threads", "1", "--device", "cpu"]
+    assert evaluate.main([*words, "--epsilon", "0.1", "--twin", "smallcnn"], "evaluate") == 0
+    record = stored(run.evaluation)
+    assert record["extraction"]["queries"] > 0
+    assert 0 <= record["extraction"]["agreement"] <= 1
+    assert record["transfer"]["mifgsm"]["relations"][2][0] == "extracted"
+    assert list(record["attacks"]) == ["square"]
+    names = [name for name, _ in evaluations.pictures({"tiny": run})]
+    assert names == ["queries", "transfer-mifgsm", "transfer-pgd20"]
