@@ -186,3 +186,18 @@ def test_batch_size_does_not_matter() -> None:
         run = engine(model, images, batch_size=batch_size)
         flags.append(run.attack("apgd", APGD(0.02, 20, loss="dlr", targets=3), run.natural()).standing.tolist())
     assert flags[0] == flags[1] == flags[2]
+
+
+def test_low_precision_is_checked_in_full() -> None:
+    """A search in bfloat16 breaks about as much, and whatever it claims wrongly does not count."""
+    model = ten_class_network()
+    images = image_set(model)
+    attack, standing = PGD(0.02, 5, stop_early=True), {}
+    for precision in ("fp32", "bf16"):
+        run = Engine(model, images, key=7, batch_size=16, precision=precision)  # type: ignore[arg-type]
+        natural = run.natural()
+        got = run.attack("pgd", attack, natural)
+        standing[precision] = got.standing
+    assert run.how.endswith(", bf16")
+    assert run.search.network.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert (standing["fp32"] != standing["bf16"]).sum() <= 4

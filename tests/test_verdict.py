@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dtrades_fast.attacks import FGSM, PGD
 from dtrades_fast.evaluation import verdict
+from dtrades_fast.evaluation.averaged import Averaged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,6 +77,20 @@ def test_random_forward_pass_is_no_proof() -> None:
     got = verdict.judge({"zero_gradient": 0.9}, 64, random=True)
     assert got.verdict == "suspicious"
     assert "attack the average" in got.reasons[0]
+
+
+def test_average_over_random_passes() -> None:
+    class Noisy(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.flatten(1)[:, :4] * (1 + torch.randn(len(images), 1))
+
+    images = torch.rand(3, 1, 4, 4).requires_grad_()
+    averaged = Averaged(Noisy(), 4000)(images)
+    torch.testing.assert_close(averaged, images.flatten(1)[:, :4], rtol=0.1, atol=0.05)
+    (gradient,) = torch.autograd.grad(averaged.sum(), images)
+    torch.testing.assert_close(gradient.flatten(1)[:, :4], torch.ones(3, 4), rtol=0.1, atol=0.05)
+    with pytest.raises(ValueError, match="passes must be at least 1"):
+        Averaged(Noisy(), 0)
 
 
 @pytest.mark.parametrize("name", verdict.RULES)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from dtrades_fast.attacks import Attack
 from dtrades_fast.attacks.base import frozen
 from dtrades_fast.data import ImageSet
 from dtrades_fast.models.folding import fold
+from dtrades_fast.models.precision import HALF, Autocast
 from dtrades_fast.training import checkpoint
 
 __all__ = ["Cost", "Engine", "Outcome", "Progress"]
@@ -200,6 +201,7 @@ class Engine:
         batch_size: images at a time.
         progress: what is done already, and where it is kept.
         fast: let attacks search on the network with BatchNorm folded, where that computes the same.
+        precision: of the search, ``"fp32"``, ``"fp16"`` or ``"bf16"``; what it finds is checked in the network's own.
     """
 
     def __init__(
@@ -211,17 +213,21 @@ class Engine:
         batch_size: int,
         progress: Progress | None = None,
         fast: bool = True,
+        precision: Literal["fp32", "fp16", "bf16"] = "fp32",
     ):
         self.images, self.key, self.batch_size = images, key, batch_size
         self.progress = progress or Progress(None, {})
         self.model = Counted(model.eval())
         folded = fold(model, self._batch(torch.arange(min(8, len(images))))[0]) if fast else None
-        if folded is None:
-            self.search, self.how = self.model, "the network itself"
-        else:
-            self.search = Counted(folded.to(memory_format=torch.channels_last))
-            self.how = f"BatchNorm folded ({folded.folded} of {folded.folded + folded.kept}), channels last"
         self.layout = torch.contiguous_format if folded is None else torch.channels_last
+        searched: nn.Module = model if folded is None else folded.to(memory_format=torch.channels_last)
+        self.how = "the network itself"
+        if folded is not None:
+            self.how = f"BatchNorm folded ({folded.folded} of {folded.folded + folded.kept}), channels last"
+        if precision != "fp32":
+            searched = Autocast(searched, str(images.labels.device), HALF[precision]).eval()
+            self.how += f", {precision}"
+        self.search = self.model if searched is model else Counted(searched)
 
     def natural(self) -> Tensor:
         """Whether each image is classified correctly, [N], bool, on the host."""

@@ -67,6 +67,8 @@ class Options(RunOptions):
     ] = None
     engine: Literal["fast", "official"] = "fast"
     """AutoAttack by this package, or by its authors' code (pip install 'dtrades-fast[autoattack]')."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the searches, for GPUs; what they find is checked in float32 before it counts."""
     checkpoint: Literal["best", "last"] = "best"
     """Weights of the best epoch (by validation) or of the last one."""
     split: Literal["test", "validation"] = "test"
@@ -281,6 +283,7 @@ def settings_of(target: Target, options: Options) -> Settings:
         minimum_norms=() if options.attacks else norms,
         seed=options.seed,
         batch_size=options.batch_size,
+        precision=options.precision,
     )
 
 

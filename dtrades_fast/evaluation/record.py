@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class Settings:
         minimum_norms: norms in which the smallest perturbation of each point is looked for.
         seed: of all random numbers.
         batch_size: images at a time.
+        precision: of the searches; what they find is checked in the network's own. ``official`` is not searched so.
     """
 
     epsilon: str
@@ -58,6 +59,7 @@ class Settings:
     minimum_norms: tuple[suites.Norm, ...] = ()
     seed: int = 0
     batch_size: int = 256
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
 
 
 def evaluate_model(
@@ -99,7 +101,13 @@ def evaluate_model(
         report(f"{finding.severity}: {finding.message}")
     key = rng.key(settings.seed, "evaluation")
     engine = Engine(
-        model, images, key=key, batch_size=settings.batch_size, progress=progress, fast=not settings.official
+        model,
+        images,
+        key=key,
+        batch_size=settings.batch_size,
+        progress=progress,
+        fast=not settings.official,
+        precision="fp32" if settings.official else settings.precision,
     )
     labels, natural = images.labels.cpu(), engine.natural()
     report(f"clean: {100 * metrics.accuracy(natural):.1f} %")

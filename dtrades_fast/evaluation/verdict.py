@@ -59,7 +59,7 @@ RULES = {
 }
 RANDOM = (
     "the forward pass is random: gradients of one pass say little about the next; attack the average over it "
-    "(dtrades_fast.evaluation.Averaged) before you believe any of these figures"
+    "(dtrades_fast.evaluation.averaged.Averaged) before you believe any of these figures"
 )
 
 

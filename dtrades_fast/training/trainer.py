@@ -31,6 +31,7 @@ from dtrades_fast.attacks import PGD
 from dtrades_fast.config import Config
 from dtrades_fast.defenses import Batch, Loss, Threat
 from dtrades_fast.evaluation import metrics
+from dtrades_fast.models.precision import HALF, Autocast
 from dtrades_fast.models.weights import freeze_backbone, load_init_weights
 from dtrades_fast.profiling import span
 from dtrades_fast.training import checkpoint, schedules, tracking
@@ -45,7 +46,6 @@ __all__ = ["Interrupted", "Trainer", "TrainingError", "train"]
 MEASURED_STEPS = 3  #: timed for the expectation, after one that warms up
 LOOK_STEPS = 100  #: on a GPU, steps between looks for a loss that is not finite
 SMALLEST_SCALE = 2.0**-14  #: of the loss in fp16, 30 steps without an update below where it begins
-HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 MASKED = "more attack steps, a larger batch or beta, a lower --lr or --on-masking noise may help"
 LONG_SECONDS = 30 * 60  #: above it, a run on a CPU is told how to become smaller
 
@@ -60,25 +60,6 @@ class Interrupted(Exception):  # noqa: N818 (it is no error)
     def __init__(self, signum: int, message: str):
         super().__init__(message)
         self.signum = signum
-
-
-class Autocast(nn.Module):
-    """A network in mixed precision with float32 logits, for the attack and the loss alike.
-
-    Attributes:
-        computes_in_half: gradients run through float16 and would lose what is small, see
-            :func:`dtrades_fast.attacks.input_gradient`.
-    """
-
-    def __init__(self, network: nn.Module, device: str, dtype: torch.dtype):
-        super().__init__()
-        self.network, self.device_type, self.dtype = network, device.split(":")[0], dtype
-        self.computes_in_half = dtype == torch.float16
-
-    def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(self.device_type, self.dtype):
-            logits = self.network(images)
-        return logits.float()
 
 
 class Batches:
