@@ -41,8 +41,8 @@ def test_agrees_with_the_official_code() -> None:
     ours, official = run("robust", official=False), run("robust", official=True)
     again = run("robust", official=True, seed=1)
     apart = (ours["square"] != official["square"]).sum()
-    assert apart <= max(int((again["square"] != official["square"]).sum()), 1)
-    assert ours["square"].sum() <= official["square"].sum() + 0.004 * POINTS
+    assert apart <= max(int((again["square"] != official["square"]).sum()), 0.02 * POINTS)
+    assert ours["square"].sum() <= official["square"].sum() + 1
     assert 0.1 * POINTS < ours["square"].sum() < 0.6 * POINTS
     for stage in STAGES:
         assert abs(int(ours[stage].sum()) - int(official[stage].sum())) <= 3
