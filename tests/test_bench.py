@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_run
 import torch
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -107,3 +108,28 @@ def test_wrong_option_is_named(harness, capsys, options, message):
     error = capsys.readouterr().err
     assert options[0] in error
     assert message in error
+
+
+def test_bench_attacks(tmp_path):
+    """One run, two attacks, two seeds of ours: the table, the files, and nothing is done twice."""
+    images = tiny_run.images(tmp_path / "images")
+    run, _ = tiny_run.run(images, tmp_path / "runs", "--epochs", "1", "--run", "tiny")
+    state = tmp_path / "state.json"
+    command = [sys.executable, str(BENCH / "bench_attacks.py"), str(run.path), "--attacks", "fgsm,pgd2", "--turns", "1"]
+    command += ["--providers", "ours,ours-seed1", "--points", "9", "--state", str(state), "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Robust accuracy, time and memory" in done.stdout
+    with (tmp_path / "attacks.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["attack"], row["provider"]) for row in rows] == [
+        (attack, provider) for attack in ("fgsm", "pgd2") for provider in ("ours", "ours-seed1")
+    ]
+    assert all(float(row["ra"]) == pytest.approx(int(row["standing"]) / 9, rel=1e-3) for row in rows)
+    assert rows[0]["ra"] == rows[1]["ra"]  # nothing is random in FGSM
+    assert json.loads((tmp_path / "attacks.json").read_text())["points"] == 9
+    before = state.read_text()
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+    assert state.read_text() == before
+    other = subprocess.run([*command, "--points", "6"], capture_output=True, text=True, timeout=300)
+    assert "name another --state" in other.stderr
