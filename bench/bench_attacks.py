@@ -7,8 +7,9 @@ points, with the same threads. A robust accuracy counts only images that the net
 in the ball. PGD is short and runs in several turns, of which the median counts. What is done is kept in
 ``--state`` and not done again, so that a long comparison may be killed and started once more.
 
-Providers: ``ours``, ``ours-seed1`` (another seed), ``official`` and ``official-seed1`` (pyautoattack),
-``torchattacks``, ``foolbox``; those that are not installed, or do not have the attack, are left out.
+Providers: ``ours``, ``ours-seed1`` (another seed), ``ours-bf16`` (searched in bfloat16), ``official`` and
+``official-seed1`` (pyautoattack), ``torchattacks``, ``foolbox``; those that are not installed, or do not have the
+attack, are left out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -41,7 +42,7 @@ from dtrades_fast.pixels import pixels
 from dtrades_fast.training.checkpoint import write_text
 
 PACKAGES = {"official": "pyautoattack", "torchattacks": "torchattacks", "foolbox": "foolbox"}
-PROVIDERS = ("ours", "ours-seed1", "official", "official-seed1", "torchattacks", "foolbox")
+PROVIDERS = ("ours", "ours-seed1", "ours-bf16", "official", "official-seed1", "torchattacks", "foolbox")
 BASELINE = {"pgd20": "torchattacks", "fgsm": "torchattacks"}  # the others' is official
 COLUMNS = (
     "run",
@@ -66,7 +67,8 @@ Craft = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def child(options: argparse.Namespace) -> dict[str, Any]:
     """What :func:`cases` keeps of one case."""
     torch.set_num_threads(options.threads)
-    run = load_run(find_run(options.runs[0], options.runs_dir), "best", options.data_root, "cpu", options.points)
+    folder = find_run(options.runs[0], options.runs_dir)
+    run = load_run(folder, options.checkpoint, options.data_root, "cpu", options.points)
     epsilon, images = pixels(run.config.stored()["epsilon"]), run.sets.test
     clean = Engine(run.model, images, key=0, batch_size=options.batch_size, fast=False)
     natural = clean.natural()
@@ -74,8 +76,8 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
     provider, _, seed = options.child.partition("-seed")
     before = memory_mib("VmRSS", forget_peak=True)
     begin = time.perf_counter()
-    if provider in ("ours", "official"):
-        figures = engine_run(run.model, points, options, epsilon, int(seed or 0), provider == "official")
+    if provider.startswith(("ours", "official")):
+        figures = engine_run(run.model, points, options, epsilon, provider, int(seed or 0))
     else:
         torch.manual_seed(int(seed or 0))
         figures = library_run(
@@ -109,11 +111,12 @@ def memory_mib(field: str, *, forget_peak: bool = False) -> float:
 
 
 def engine_run(
-    model: nn.Module, points: ImageSet, options: argparse.Namespace, epsilon: float, seed: int, official: bool
+    model: nn.Module, points: ImageSet, options: argparse.Namespace, epsilon: float, provider: str, seed: int
 ) -> dict[str, Any]:
-    """Through the evaluation's engine, as ``dtrades-fast evaluate --engine`` does."""
-    key = rng.key(seed, "evaluation")
-    engine = Engine(model, points, key=key, batch_size=options.batch_size, fast=not official)
+    """Through the evaluation's engine, as ``dtrades-fast evaluate --engine`` and ``--precision`` do."""
+    key, official = rng.key(seed, "evaluation"), provider == "official"
+    precision: Literal["bf16", "fp32"] = "bf16" if provider == "ours-bf16" else "fp32"
+    engine = Engine(model, points, key=key, batch_size=options.batch_size, fast=not official, precision=precision)
     attack = suites.make_attack(options.attacks[0], epsilon, official=official)
     every = torch.ones(len(points), dtype=torch.bool)
     outcome = engine.attack(options.attacks[0], attack, every)
@@ -190,7 +193,7 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
 
 def measure(options: argparse.Namespace, run: str, attack: str, provider: str) -> dict[str, Any]:
     command = [sys.executable, __file__, run, "--child", provider, "--attacks", attack]
-    for name in ("points", "batch_size", "threads", "runs_dir"):
+    for name in ("checkpoint", "points", "batch_size", "threads", "runs_dir"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     if options.data_root:
         command += ["--data-root", options.data_root]
@@ -264,6 +267,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=3, help="of the short attacks")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="whose weights")
     parser.add_argument("--runs-dir", default="runs")
     parser.add_argument("--data-root", default=None)
     parser.add_argument("--state", type=Path, default=Path("bench-attacks.json"), help="what is done, kept as it goes")
@@ -278,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(child(options)))
         return 0
     console = Console()
-    how = {name: getattr(options, name) for name in ("points", "batch_size", "threads")}
+    how = {name: getattr(options, name) for name in ("checkpoint", "points", "batch_size", "threads")}
     state = json.loads(options.state.read_text()) if options.state.is_file() else {"how": how, "results": {}}
     if state["how"] != how:
         raise SystemExit(f"{options.state} was made with {state['how']}, not {how}: name another --state")
