@@ -281,6 +281,16 @@ class Permuted(nn.Module):
         return logits.roll(1, 1)
 
 
+def test_few_answers_are_learned_in_more_epochs() -> None:
+    target, held_out = trained(4, 0), pictures(60, 8).images_uint8
+    few = pictures(30, 7).images_uint8
+    hasty, patient = (
+        extract(target, few, lambda: make(8, 5), held_out_uint8=held_out, epochs=1, steps=steps).agreement
+        for steps in (1, 150)
+    )
+    assert patient > hasty + 0.2
+
+
 def test_extraction_is_reproducible_and_augments() -> None:
     target, images = trained(4, 0), pictures(40, 7).images_uint8
     held_out = pictures(20, 8).images_uint8

@@ -7,6 +7,8 @@ al. 2017).
 
 from __future__ import annotations
 
+import math
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -263,6 +265,7 @@ def extract(
     held_out_uint8: Tensor,
     probabilities: bool = False,
     epochs: int = 10,
+    steps: int = 300,
     batch_size: int = 128,
     lr: float = 0.05,
     augmentation: Augmentation | None = None,
@@ -280,7 +283,8 @@ def extract(
         make_twin: makes a fresh network, of whatever architecture the attacker guesses.
         held_out_uint8: [M, C, H, W], what the networks will be compared and evaluated on.
         probabilities: the target answers with probabilities; otherwise with its class alone.
-        epochs: passes over the images.
+        epochs: passes over the images, or more if that is less than ``steps``.
+        steps: of the optimizer, at least.
         batch_size: images per step.
         lr: highest learning rate.
         augmentation: random crops and flips for the twin.
@@ -308,7 +312,8 @@ def extract(
     with torch.random.fork_rng():
         torch.manual_seed(rng.key(seed, "twin"))
         twin = make_twin().to(answers.device)
-        learn(twin, Batches(asked, batch_size, seed, augmentation), lessons, Optimization(epochs=epochs, lr=lr))
+        batches = Batches(asked, batch_size, seed, augmentation)
+        learn(twin, batches, lessons, Optimization(epochs=max(epochs, math.ceil(steps / len(batches))), lr=lr))
     twin.eval()
     same = [
         mine.argmax(1) == theirs.argmax(1)

@@ -68,7 +68,7 @@ class Options(RunOptions):
     engine: Literal["fast", "official"] = "fast"
     """AutoAttack by this package, or by its authors' code (pip install 'dtrades-fast[autoattack]')."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Precision of the searches, for GPUs; what they find is checked in float32 before it counts."""
+    """Precision of the searches, for GPUs and CPUs that compute in it; what they find is checked in float32."""
     checkpoint: Literal["best", "last"] = "best"
     """Weights of the best epoch (by validation) or of the last one."""
     split: Literal["test", "validation"] = "test"
@@ -88,6 +88,8 @@ class Options(RunOptions):
             "blackbox and full: the network's own",
         ),
     ] = None
+    twin_queries: int = 5000
+    """Training images that the network is asked about for the twin, the same share of each class."""
     resume: bool = False
     """Go on with an evaluation that was killed."""
     ignore: str = ""
@@ -190,11 +192,12 @@ def evaluate(target: Target, options: Options, console: Console | None = None) -
         ValueError: an option that is not possible, or the guard rails have found an error.
         FileNotFoundError: the weights or the data set are missing.
     """
-    for flag, number in (("--batch-size", options.batch_size), ("--limit", options.limit)):
+    for flag in ("batch_size", "limit", "twin_queries"):
+        number = getattr(options, flag)
         if number is not None and number < 1:
-            raise ValueError(f"{flag} must be at least 1, got {number}")
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {number}")
     console = console or Console(quiet=True)
-    sets, device = data_of(target, options), device_of(options)
+    sets, device = data_of(target, options, options.limit), device_of(options)
     images: ImageSet = getattr(sets, options.split)
     settings = settings_of(target, options)
     surrogates = {name: player(load(name, options)) for name in options.surrogates}
@@ -207,7 +210,7 @@ def evaluate(target: Target, options: Options, console: Console | None = None) -
             "dataset": target.dataset,
             "split": options.split,
             "surrogates": list(options.surrogates),
-            "twin": twin,
+            "twin": [twin, options.twin_queries] if twin else None,
             **json.loads(json.dumps(dataclasses.asdict(settings))),
         },
         resume=options.resume,
@@ -217,7 +220,8 @@ def evaluate(target: Target, options: Options, console: Console | None = None) -
         console.print(f"  {note}")
     extracted = {}
     if twin is not None:
-        extraction = extract(target, sets, twin, device, options.seed)
+        asked = data_of(target, options, options.twin_queries)
+        extraction = extract(target, asked, images, twin, device, options.seed)
         surrogates[f"twin-{twin}"] = blackbox.Player(extraction.twin, twin, twin_of=target.model)
         extracted = {"arch": twin, "queries": extraction.queries, "agreement": extraction.agreement}
         console.print(
@@ -253,12 +257,12 @@ def evaluate(target: Target, options: Options, console: Console | None = None) -
     return {**about, **record}, progress
 
 
-def data_of(target: Target, options: Options) -> data.DataSets:
-    """The data set that the network is evaluated on."""
+def data_of(target: Target, options: Options, limit: int | None) -> data.DataSets:
+    """The data set that the network is evaluated on, so many images of each split."""
     if target.dataset is None:
         raise ValueError(f"{target.name} is a file of weights: say with --dataset what it is to be evaluated on")
     root = options.data_root or (target.config.data.data_root if target.config else "data")
-    sets = data.load(target.dataset, root, device_of(options), limit=options.limit)
+    sets = data.load(target.dataset, root, device_of(options), limit=limit)
     if target.classes is not None and target.classes != len(sets.info.classes):
         raise ValueError(
             f"{target.name} has {target.classes} classes and {target.dataset} has {len(sets.info.classes)}: "
@@ -300,8 +304,10 @@ def player(target: Target) -> blackbox.Player:
     return blackbox.Player(target.model, target.arch)
 
 
-def extract(target: Target, sets: data.DataSets, arch: str, device: str, seed: int) -> blackbox.Extraction:
-    """A twin trained on the network's answers to the images that it was trained on itself."""
+def extract(
+    target: Target, sets: data.DataSets, held_out: ImageSet, arch: str, device: str, seed: int
+) -> blackbox.Extraction:
+    """A twin trained on the network's answers to the training images of these sets."""
     info = sets.info
     width = target.config.model.width if target.config else None
     if isinstance(target.model, Classifier):
@@ -326,7 +332,7 @@ def extract(target: Target, sets: data.DataSets, arch: str, device: str, seed: i
         target.model,
         sets.train.images_uint8,
         make,
-        held_out_uint8=sets.test.images_uint8,
+        held_out_uint8=held_out.images_uint8,
         augmentation=info.augmentation,
         seed=seed,
     )
