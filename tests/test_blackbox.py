@@ -27,6 +27,7 @@ from dtrades_fast.evaluation.blackbox import (
     relation,
     transfer,
 )
+from dtrades_fast.evaluation.engine import Engine
 from dtrades_fast.plot.transfer import query_curves, transfer_matrix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,6 +133,11 @@ def test_ensemble_is_the_mean_of_the_logits() -> None:
         Ensemble([])
 
 
+def engine(images: ImageSet, batch_size: int = 60, model: nn.Module | None = None) -> Engine:
+    """Of some network, where that does not matter."""
+    return Engine(model or make().eval(), images, key=5, batch_size=batch_size, fast=False)
+
+
 def test_relations(players: dict[str, Player]) -> None:
     a, b, wide = players.values()
     both, twin = Player(Ensemble([a.model, b.model]), "ensemble"), Player(make(), "narrow", twin_of=wide.model)
@@ -147,7 +153,7 @@ def test_relations(players: dict[str, Player]) -> None:
 
 @pytest.mark.parametrize("attack", [MIFGSM(0.06), PGD(0.06, 10), PGD(0.4, 5, norm="l2")], ids=["mi", "pgd", "l2"])
 def test_the_diagonal_is_the_white_box(players: dict[str, Player], evaluated: ImageSet, attack: PGD) -> None:
-    found = transfer(players, players, evaluated, attack, key=5, batch_size=25)
+    found = transfer(players, players, engine(evaluated, 25), "any", attack)
     for i, player in enumerate(players.values()):
         natural = metrics.correct(player.model, evaluated, None, 5, 60)
         robust = metrics.correct(player.model, evaluated, attack, 5, 60)
@@ -166,7 +172,7 @@ def test_the_diagonal_is_the_white_box(players: dict[str, Player], evaluated: Im
 def test_the_target_alone_decides(players: dict[str, Player], evaluated: ImageSet) -> None:
     """Crafted on the source, judged by the target, point by point; the source may be right or wrong."""
     attack, a, wide = MIFGSM(0.12), players["a"], players["wide"]
-    found = transfer({"a": a}, {"wide": wide}, evaluated, attack, key=5, batch_size=60)
+    found = transfer({"a": a}, {"wide": wide}, engine(evaluated), "any", attack)
     x, labels = evaluated.images(slice(None)), evaluated.labels
     adv = attack(a.model, x, labels)
     expected = (wide.model(x).argmax(1) == labels) & (wide.model(adv).argmax(1) == labels)
@@ -178,13 +184,13 @@ def test_images_outside_of_the_ball_fool_nobody(players: dict[str, Player], eval
         def perturb(self, model: object, images: Tensor, labels: Tensor, index: Tensor, key: int) -> Tensor:
             return 1 - images
 
-    found = transfer(players, players, evaluated, Cheat(0.1), key=0, batch_size=60)
+    found = transfer(players, players, engine(evaluated), "any", Cheat(0.1))
     assert found.standing.equal(found.natural.expand(3, 3, 60))
 
 
 def test_transfer_needs_somebody(players: dict[str, Player], evaluated: ImageSet) -> None:
     with pytest.raises(ValueError, match="got 0, 3 and 60"):
-        transfer({}, players, evaluated, MIFGSM(0.1), key=0, batch_size=60)
+        transfer({}, players, engine(evaluated), "any", MIFGSM(0.1))
 
 
 # Query curves
@@ -192,7 +198,9 @@ def test_transfer_needs_somebody(players: dict[str, Player], evaluated: ImageSet
 
 def test_query_curve_is_the_attack_at_every_budget(players: dict[str, Player], evaluated: ImageSet) -> None:
     model, budget = players["a"].model, 60
-    curve = query_curve(model, evaluated, Square(0.12, budget), key=5, batch_size=17)
+    run = engine(evaluated, 17, model)
+    curve, refuted = query_curve(run, "square", Square(0.12, budget), run.natural())
+    assert refuted == 0
     natural = metrics.correct(model, evaluated, None, 5, 60)
     assert curve.accuracy([0]).item() == pytest.approx(100 * natural.double().mean().item())
     for queries in (1, 7, 30, budget):
@@ -215,7 +223,8 @@ def test_query_curve_without_a_correct_point(players: dict[str, Player], evaluat
     with torch.no_grad():
         wrong = (model(evaluated.images(slice(None))).argmax(1) + 1) % CLASSES
     images = ImageSet(evaluated.images_uint8, wrong, evaluated.ids)
-    curve = query_curve(model, images, Square(0.1, 5), key=0, batch_size=60)
+    run = engine(images, 60, model)
+    curve, _ = query_curve(run, "square", Square(0.1, 5), run.natural())
     assert curve.accuracy([0, 5]).tolist() == [0, 0]
 
 
@@ -319,7 +328,7 @@ def test_a_twin_attacks_better_than_a_stranger(evaluated: ImageSet) -> None:
         target.model, pictures(300, 7).images_uint8, make, held_out_uint8=evaluated.images_uint8, epochs=8
     ).twin
     sources = {"twin": Player(twin, "narrow", target.model), "stranger": Player(make(4, 9).eval(), "narrow")}
-    found = transfer(sources, {"target": target}, evaluated, MIFGSM(0.12), key=0, batch_size=60)
+    found = transfer(sources, {"target": target}, engine(evaluated), "any", MIFGSM(0.12))
     assert found.relations == (("extracted",), ("grey box",))
     assert found.accuracy()[0, 0] < found.accuracy()[1, 0] - 20
 

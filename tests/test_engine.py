@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_nets
 import torch
 from test_apgd import ten_class_network
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from dtrades_fast.attacks import APGD, FGSM, PGD
 from dtrades_fast.attacks.base import Attack, Model
 from dtrades_fast.data import ImageSet
 from dtrades_fast.evaluation import metrics
-from dtrades_fast.evaluation.engine import Counted, Engine, Progress, allowed
+from dtrades_fast.evaluation.engine import Cost, Counted, Engine, Progress, allowed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,20 +96,40 @@ def test_only_images_in_ball_and_box_count() -> None:
     assert allowed(x + 0.1, x, Returns(0, 0.21, "l2")).all()
 
 
-def test_claims_of_another_network_are_refuted() -> None:
+class Nervous(nn.Module):
+    """Sees class 1 a little too early."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return Threshold()(images + 0.04)
+
+
+@dataclass(frozen=True)
+class Steps(Attack):
+    """Brightens the images until the model is fooled, and no further."""
+
+    epsilon: float = 0.1
+    norm: str = "linf"
+
+    def perturb(self, model: Model, images: Tensor, labels: Tensor, index: Tensor, key: int) -> Tensor:
+        adv = images.clone()
+        for _ in range(9):
+            adv[model(adv).argmax(1) == labels] += 0.01
+        return adv
+
+
+def test_claims_of_another_network_are_refuted_and_searched_again() -> None:
     """The search's network is fooled, the network itself is not."""
     pixels = torch.full((3, 1, 2, 2), 120, dtype=torch.uint8)
     run = engine(Threshold(), ImageSet(pixels, torch.zeros(3, dtype=torch.int64), torch.arange(3)))
     natural = run.natural()
-
-    class Nervous(nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            return Threshold()(images + 0.04)
-
     run.search = Counted(Nervous())
     got = run.attack("claim", Returns(0.01), natural)
     assert got.standing.all()
     assert got.refuted == 3
+    got = run.attack("steps", Steps(), natural)
+    assert not got.standing.any()  # on the network itself it takes more steps
+    assert got.refuted == 3
+    assert run.attack("far", Steps(0.001), natural).standing.all()
 
 
 @dataclass(frozen=True)
@@ -170,9 +191,17 @@ def test_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     Progress(folder, {"weights": "a"}, resume=True).finish()
     assert not folder.exists()
     session([], 10**9, resume=False)
-    Progress(folder, {"weights": "b"})  # without resume it does not matter whose it was
-    Progress(folder, {"weights": "b"}, resume=True).finish()
-    folder.mkdir()
+    with pytest.raises(ValueError, match="unfinished evaluation: --resume goes on with it, --overwrite starts again"):
+        session([], 0, resume=False)
+    other = Progress(folder, {"weights": "b"}, overwrite=True)
+    assert session([], 0) == expected  # nothing is lost before it begins
+    other.begin()
+    assert other.values == {}
+    with pytest.raises(ValueError, match="belongs to another evaluation \\(weights: b, now a\\)"):
+        session([], 0)
+    (folder / "notes.txt").write_text("not ours")
+    other.finish()
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
     (folder / "0.pt").write_bytes(b"cut")
     with pytest.raises(RuntimeError, match="damaged"):
         Progress(folder, {"weights": "a"}, resume=True)
@@ -189,15 +218,52 @@ def test_batch_size_does_not_matter() -> None:
 
 
 def test_low_precision_is_checked_in_full() -> None:
-    """A search in bfloat16 breaks about as much, and whatever it claims wrongly does not count."""
-    model = ten_class_network()
-    images = image_set(model)
-    attack, standing = PGD(0.02, 5, stop_early=True), {}
+    """What a search in bfloat16 claims wrongly is searched again, so that the points that still stand do so in full."""
+    model = small_nets.network("robust")
+    images = small_nets.digits()[1].subset(torch.arange(96))
+    attack = PGD(small_nets.EPSILON, 10, stop_early=True)
+    standing, refuted = {}, {}
     for precision in ("fp32", "bf16"):
-        run = Engine(model, images, key=7, batch_size=16, precision=precision)  # type: ignore[arg-type]
+        run = Engine(model, images, key=7, batch_size=32, precision=precision)  # type: ignore[arg-type]
         natural = run.natural()
         got = run.attack("pgd", attack, natural)
-        standing[precision] = got.standing
+        standing[precision], refuted[precision] = got.standing, got.refuted
     assert run.how.endswith(", bf16")
     assert run.search.network.dtype == torch.bfloat16  # type: ignore[union-attr]
-    assert (standing["fp32"] != standing["bf16"]).sum() <= 4
+    assert refuted["bf16"] > 0  # or this shows nothing
+    assert int((standing["bf16"] & ~standing["fp32"]).sum()) <= 1
+
+
+def test_costs_of_several_processes_are_counted_once(tmp_path: Path) -> None:
+    """Files of two processes, of which the first wrote after they had told each other, the second before."""
+    pixels = torch.full((4, 1, 2, 2), 120, dtype=torch.uint8)
+    images = ImageSet(pixels, torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    whole = Progress(tmp_path / "one", {})
+    engine(Threshold(), images, whole, batch_size=2).natural()
+    for rank, rows in enumerate(([0, 1], [2, 3])):
+        part = Progress(None, {})
+        part.folder, part.rank = tmp_path / "two", rank
+        part.folder.mkdir(exist_ok=True)
+        part.of("clean", 4)
+        part.done("clean", torch.tensor(rows), torch.ones(2), Cost(1.0, 2, 0))
+        part.save()
+    again = Progress(tmp_path / "two", {}, resume=True)
+    run = engine(Threshold(), images, again, batch_size=2)
+    assert run.natural().all()
+    assert (run.cost("clean").forwards, run.cost("clean").seconds) == (whole.cost("clean").forwards, 2.0) == (4, 2.0)
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["0.pt"]
+
+
+def test_what_is_made_once_is_the_same_after_a_kill(tmp_path: Path) -> None:
+    numbers = iter(range(9))
+
+    def make() -> dict[str, int]:
+        return {"number": next(numbers)}
+
+    assert Progress(None, {}).once("thing", make) == {"number": 0}
+    assert Progress(tmp_path / "state", {}).once("thing", make) == {"number": 1}
+    assert Progress(tmp_path / "state", {}, resume=True).once("thing", make) == {"number": 1}
+    fresh = Progress(tmp_path / "state", {}, overwrite=True)
+    assert fresh.once("thing", make) == {"number": 2}
+    fresh.finish()
+    assert not (tmp_path / "state").exists()

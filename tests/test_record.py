@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import small_nets
 import tiny_run
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dtrades_fast.evaluation import evaluate
@@ -152,7 +155,7 @@ def test_guard_rails_stop_it() -> None:
 def test_goes_on_to_the_same_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = small_nets.network("robust"), {"attacks": ("pgd5", "apgd-ce"), "batch_size": 8}
     expected = stable(record_of(model, **given))
-    real, calls = Engine._try, [0]
+    real, calls = Engine.found, [0]
 
     def dies(self: Engine, *arguments: Any) -> Tensor:
         calls[0] += 1
@@ -161,7 +164,7 @@ def test_goes_on_to_the_same_record(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return real(self, *arguments)
 
     monkeypatch.setattr("dtrades_fast.evaluation.engine.SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(Engine, "_try", dies)
+    monkeypatch.setattr(Engine, "found", dies)
     with pytest.raises(KeyboardInterrupt):
         record_of(model, progress=Progress(tmp_path / "state", {}), **given)
     again = Progress(tmp_path / "state", {}, resume=True)
@@ -235,14 +238,135 @@ def test_files_of_weights(run: RunFolder, tmp_path: Path, capsys: pytest.Capture
     assert "| weights |" in capsys.readouterr().out
 
 
-def test_twin_and_surrogates(run: RunFolder) -> None:
-    words = [str(run.path), "--suite", "blackbox", "--surrogates", str(run.path), "--threads", "1", "--device", "cpu"]
-    assert evaluate.main([*words, "--epsilon", "0.1", "--twin", "smallcnn", "--limit", "20"], "evaluate") == 0
+def another(run: RunFolder, folder: Path) -> Path:
+    """The same run with other weights."""
+    shutil.copytree(run.path, folder / "other")
+    file = RunFolder(folder / "other").best_weights
+    weights = load_file(file)
+    save_file({name: 1.1 * tensor if "weight" in name else tensor for name, tensor in weights.items()}, file)
+    return folder / "other"
+
+
+def test_twin_and_surrogates(run: RunFolder, tmp_path: Path) -> None:
+    other = another(run, tmp_path)
+    words = [str(run.path), "--suite", "blackbox", "--surrogates", str(other), "--threads", "1", "--device", "cpu"]
+    assert evaluate.main([*words, "--epsilon", "0.1", "--twin", "smallcnn", "--limit", "6"], "evaluate") == 0
     record = stored(run.evaluation)
-    assert record["points"] == 20
-    assert record["extraction"]["queries"] > 20  # --limit is about the images that are evaluated
+    assert record["points"] == 6
+    assert record["extraction"]["queries"] > 6  # --limit is about the images that are evaluated
     assert 0 <= record["extraction"]["agreement"] <= 1
     assert record["transfer"]["mifgsm"]["relations"][2][0] == "extracted"
     assert list(record["attacks"]) == ["square"]
     names = [name for name, _ in evaluations.pictures({"tiny": run})]
     assert names == ["queries", "transfer-mifgsm", "transfer-pgd20"]
+
+
+def test_records_of_different_evaluations_stay_apart(run: RunFolder) -> None:
+    """What was found on other images, or in another way, is not overwritten; what belongs together is one record."""
+    run.evaluation.unlink(missing_ok=True)
+    words = [str(run.path), "--threads", "1", "--device", "cpu", "--epsilon", "0.1"]
+    for more in (["--attacks", "fgsm"], ["--attacks", "pgd3"], ["--limit", "6"], ["--precision", "bf16"]):
+        assert evaluate.main([*words, *more], "evaluate") == 0
+    whole, few, half = json.loads(run.evaluation.read_text())["evaluations"]
+    assert list(whole["attacks"]) == ["fgsm", "pgd3"]
+    worst = flags(whole["attacks"]["fgsm"]["correct"]) & flags(whole["attacks"]["pgd3"]["correct"])
+    assert whole["ra_worst"] == worst.double().mean().item()
+    assert (whole["points"], few["points"], half["precision"]) == (9, 6, "bf16")
+    found = {**whole, "dataset": "another"}
+    evaluate.write(run.evaluation, found)
+    assert len(json.loads(run.evaluation.read_text())["evaluations"]) == 4
+
+
+def test_a_proof_of_masking_is_not_forgotten() -> None:
+    old: dict[str, Any] = {"attacks": {}, "minimum_norm": {}, "na": 0.5}
+    old |= {"transfer": {"pgd20": {}}, "extraction": {"arch": "vgg16"}, "verdict": {"verdict": "masked"}}
+    new = {**old, "transfer": {}, "extraction": {}, "verdict": {"verdict": "suspicious"}}
+    for first, second in ((old, new), (new, old)):
+        both = evaluate.merged(first, second)
+        assert both["verdict"]["verdict"] == "masked"
+        assert both["extraction"] == {"arch": "vgg16"}
+
+
+def test_several_networks_resume(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a state of its own, which is kept until all are done."""
+    files = []
+    for name in ("a.safetensors", "b.safetensors"):
+        files.append(tmp_path / name)
+        shutil.copy(run.best_weights, files[-1])
+    shutil.copy(RunFolder(another(run, tmp_path)).best_weights, files[1])
+    dataset = evaluate.load(str(run.path), evaluate.Options(runs=(str(run.path),), device="cpu")).dataset
+    words = [*map(str, files), "--attacks", "pgd3", "--epsilon", "0.1", "--threads", "1", "--device", "cpu"]
+    words += ["--dataset", str(dataset)]
+    real, calls = Engine.attack, []
+
+    def dies(self: Engine, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Engine, "attack", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(words, "evaluate")
+    states = [file.with_name(file.name + ".eval-state") for file in files]
+    assert all(state.is_dir() for state in states)
+    with pytest.raises(ValueError, match="holds an unfinished evaluation"):
+        evaluate.main(words, "evaluate")
+    with pytest.raises(ValueError, match="give one of the two"):
+        evaluate.main([*words, "--resume", "--overwrite"], "evaluate")
+    assert evaluate.main([*words, "--resume"], "evaluate") == 0
+    assert not any(state.exists() for state in states)
+
+
+def test_options_that_would_measure_something_else(run: RunFolder, tmp_path: Path) -> None:
+    words = [str(run.path), "--attacks", "fgsm", "--threads", "1", "--device", "cpu"]
+    with pytest.raises(
+        ValueError, match="--norm l2 needs --epsilon: 8/255, which tiny was trained for, is a radius in"
+    ):
+        evaluate.main([*words, "--norm", "l2"], "evaluate")
+    with pytest.raises(ValueError, match="has the very weights of tiny"):
+        evaluate.main([*words, "--surrogates", str(run.path)], "evaluate")
+    with pytest.raises(ValueError, match="mean describe a file of weights"):
+        evaluate.main([*words, "--mean", "0.5"], "evaluate")
+    with pytest.raises(ValueError, match="--twin-queries must be at least 1"):
+        evaluate.main([*words, "--twin-queries", "0"], "evaluate")
+    assert not run.evaluation_state.exists()
+    robust = small_nets.network("robust")
+    with pytest.raises(ValueError, match="no surrogate can be called 'target'"):
+        record_of(robust, surrogates={"target": Player(robust, "small")}, player=Player(robust, "small"))
+
+
+def test_files_options_are_not_the_surrogates(run: RunFolder, tmp_path: Path) -> None:
+    """--mean and --std describe the networks that are evaluated, not the ones that images are made on."""
+    file = tmp_path / "weights.safetensors"
+    shutil.copy(run.best_weights, file)
+    options = evaluate.Options(
+        runs=(str(file),), surrogates=(str(another(run, tmp_path)),), mean=(0.25,), std=(0.5,), device="cpu"
+    )
+    target = evaluate.load(str(file), options)
+    assert target.model.normalize.mean.flatten()[0] == 0.25  # type: ignore[union-attr]
+    (surrogate,) = evaluate.surrogates_of(target, options).values()
+    assert surrogate.model.normalize.mean.flatten()[0] != 0.25  # type: ignore[union-attr]
+    copy = tmp_path / "other.safetensors"
+    shutil.copy(RunFolder(tmp_path / "other").best_weights, copy)
+    options.surrogates = (str(copy),)
+    (surrogate,) = evaluate.surrogates_of(target, options).values()
+    assert surrogate.model.normalize.mean.flatten()[0] != 0.25  # type: ignore[union-attr]
+
+
+def test_transfer_counts_only_what_white_boxes_leave() -> None:
+    """Also where the only white-box attacks are those of the transfer matrix itself, and none is weak."""
+    robust = small_nets.network("robust")
+    twin = Player(copy.deepcopy(robust), "small")
+    for attacks in ((), ("fgsm",), ("square",)):
+        found = record_of(robust, 64, attacks=attacks, surrogates={"copy": twin}, player=Player(robust, "small"))
+        assert found["verdict"]["figures"]["transfer_only"] == 0
+        assert found["verdict"]["verdict"] == "healthy"
+
+    class Quantised(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return robust((8 * images).round() / 8)
+
+    hidden = Quantised().eval()
+    found = record_of(hidden, 64, attacks=("square",), surrogates={"open": twin}, player=Player(hidden, "hidden"))
+    assert found["verdict"]["figures"]["transfer_only"] > 0.2

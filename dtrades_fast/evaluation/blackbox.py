@@ -7,8 +7,8 @@ al. 2017).
 
 from __future__ import annotations
 
+import functools
 import math
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from dtrades_fast.attacks import Attack, Square
 from dtrades_fast.attacks.base import frozen
 from dtrades_fast.config import Optimization
 from dtrades_fast.data import Augmentation, ImageSet, to_float
-from dtrades_fast.evaluation.engine import allowed
+from dtrades_fast.evaluation.engine import Engine, allowed
 from dtrades_fast.training.schedules import create_optimizer, create_schedule
 from dtrades_fast.training.trainer import Batches
 
@@ -121,13 +121,7 @@ class Transfer:
 
 
 def transfer(
-    sources: Mapping[str, Player],
-    targets: Mapping[str, Player],
-    images: ImageSet,
-    attack: Attack,
-    *,
-    key: int,
-    batch_size: int,
+    sources: Mapping[str, Player], targets: Mapping[str, Player], engine: Engine, name: str, attack: Attack
 ) -> Transfer:
     """Make images on each source and judge them by each target. An attack that ends early transfers worse.
 
@@ -137,44 +131,43 @@ def transfer(
     Args:
         sources: by name.
         targets: by name; those that are sources too are attacked in the white box.
-        images: what both work on.
+        engine: whose images, random numbers and progress these are; the same random numbers for every source.
+        name: under which the results are kept.
         attack: e.g. :class:`dtrades_fast.attacks.MIFGSM`; with ``epsilon`` and ``norm``.
-        key: the stream of random numbers, the same for every source.
-        batch_size: images at a time; it does not change the result.
 
     Raises:
         ValueError: there is no source, no target or no image.
     """
-    if not sources or not targets or not len(images):
-        raise ValueError(
-            f"transfer needs sources, targets and images, got {len(sources)}, {len(targets)} and {len(images)}"
-        )
+    count = len(engine.images)
+    if not sources or not targets or not count:
+        raise ValueError(f"transfer needs sources, targets and images, got {len(sources)}, {len(targets)} and {count}")
     for player in (*sources.values(), *targets.values()):
         player.model.eval()
-    natural = torch.zeros(len(targets), len(images), dtype=torch.bool)
-    standing = torch.zeros(len(sources), len(targets), len(images), dtype=torch.bool)
-    for rows in torch.arange(len(images)).split(batch_size):
-        x, labels, ids = batch(images, rows)
-        natural[:, rows] = torch.stack([right(target.model, x, labels) for target in targets.values()])
-        for i, source in enumerate(sources.values()):
-            adv = attack(source.model, x, labels, index=ids, key=key)
-            refused = ~allowed(adv, x, attack).cpu()
-            for j, target in enumerate(targets.values()):
-                standing[i, j, rows] = natural[j, rows] & (refused | right(target.model, adv, labels))
-    relations = tuple(tuple(relation(s, t) for t in targets.values()) for s in sources.values())
-    return Transfer(tuple(sources), tuple(targets), relations, natural, standing)
+    every = torch.ones(count, dtype=torch.bool)
 
+    def judged(images: Tensor, labels: Tensor, refused: Tensor | bool = False) -> Tensor:
+        """A number of one bit per target, which says whether it classifies correctly."""
+        bits = [(refused | right(target.model, images, labels)).double() * 2**j for j, target in enumerate(judges)]
+        return torch.stack(bits).sum(0)
 
-def batch(images: ImageSet, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Images in [0, 1], labels and ids of these points."""
-    rows = rows.to(images.labels.device)
-    return images.images(rows), images.labels[rows], images.ids[rows]
+    def attacked(source: Player, images: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
+        adv = attack(source.model, images, labels, index=ids, key=engine.key)
+        return judged(adv, labels, ~allowed(adv, images, attack))
+
+    judges = list(targets.values())
+    numbers = [engine.measure(f"{name}/clean", lambda images, labels, ids: judged(images, labels), every)]
+    for source in sources:
+        numbers.append(engine.measure(f"{name}/{source}", functools.partial(attacked, sources[source]), every))
+    places = 2 ** torch.arange(len(judges))[:, None]
+    natural, *standing = ((part.long() // places % 2).bool() for part in numbers)
+    relations = tuple(tuple(relation(s, t) for t in judges) for s in sources.values())
+    return Transfer(tuple(sources), tuple(targets), relations, natural, natural & torch.stack(standing))
 
 
 @torch.no_grad()
 def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Whether each image is classified correctly, [N], bool, on the host."""
-    return (model(images).argmax(1) == labels).cpu()
+    """Whether each image is classified correctly, [N], bool."""
+    return model(images).argmax(1) == labels
 
 
 # Queries
@@ -213,30 +206,27 @@ class QueryCurve:
         return broken.double().quantile(0.5).item() if len(broken) else None
 
 
-def query_curve(model: nn.Module, images: ImageSet, attack: Square, *, key: int, batch_size: int) -> QueryCurve:
+def query_curve(engine: Engine, name: str, attack: Square, natural: Tensor) -> tuple[QueryCurve, int]:
     """Run Square on the correctly classified points, and note when each falls.
 
     Args:
-        model: maps images in [0, 1] to logits; put in eval mode.
-        images: what it is evaluated on.
+        engine: whose network, images and progress these are.
+        name: under which the result is kept.
         attack: its budget is ``queries`` times ``restarts``.
-        key: the stream of random numbers.
-        batch_size: images at a time; it does not change the result.
+        natural: [N], bool: the points that are classified correctly.
+
+    Returns:
+        The curve, and the number of points where a claim was refuted, see :meth:`Engine.found`.
     """
-    model.eval()
-    queries, standing = torch.zeros(len(images), dtype=torch.int64), torch.zeros(len(images), dtype=torch.bool)
-    for rows in torch.arange(len(images)).split(batch_size):
-        x, labels, ids = batch(images, rows)
-        natural = right(model, x, labels)
-        rows, chosen = rows[natural], natural.to(x.device)
-        if not len(rows):
-            continue
-        x, labels, ids = x[chosen], labels[chosen], ids[chosen]
+
+    def search(model: nn.Module, images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         with frozen(model):
-            adv, spent = attack.search(model, x, labels, ids, key)
-        queries[rows] = spent.cpu()
-        standing[rows] = right(model, adv, labels) | ~allowed(adv, x, attack).cpu()
-    return QueryCurve(queries, standing, attack.queries * attack.restarts)
+            return attack.search(model, images, labels, ids, engine.key)
+
+    numbers = engine.measure(name, functools.partial(engine.found, search, attack), natural)
+    standing, budget = natural & numbers.isinf(), attack.queries * attack.restarts
+    queries = torch.where(natural & ~standing, numbers.abs(), torch.where(standing, budget, 0.0)).long()
+    return QueryCurve(queries, standing, budget), int((numbers < 0).sum())
 
 
 # Extraction

@@ -1,17 +1,18 @@
 """Runs attacks over a data set, part by part and batch by batch, and keeps what each has found.
 
 A search may run on a faster form of the network. Whatever it claims is checked on the network itself, in its own
-precision, and against ball and box, before it counts. What is done is kept in a file, so that a killed evaluation goes
-on from there to the same result. Several processes (``torchrun``) take turns at the batches, which are the same for any
-number of them, and tell each other what they found after every part.
+precision, and against ball and box, before it counts; where it does not hold, the search is done again on the network
+itself. What is done is kept in a file, so that a killed evaluation goes on from there to the same result. Several
+processes (``torchrun``) take turns at the batches, which are the same for any number of them, and tell each other what
+they found after every part.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,8 +32,8 @@ __all__ = ["Cost", "Engine", "Outcome", "Progress"]
 
 #: A point may leave its ball by this share of epsilon, which is float32 rounding, and the box by nothing.
 BALL_TOLERANCE = 1e-5
-#: A number between 0, broken, and 1: the point stands, though the search claimed to have broken it.
-REFUTED = 0.5
+#: What a search finds on a network: of images, labels and ids, gives images and a number > 0 for each point, [n].
+Search = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 #: Seconds between two times that what is done is written to the file.
 SAVE_SECONDS = 10.0
 
@@ -82,7 +83,7 @@ class Outcome:
     Attributes:
         standing: [N], bool: correctly classified before and after it.
         cost: of the attack, with that of earlier sessions of the same evaluation.
-        refuted: claims that did not hold on the network itself.
+        refuted: points where a claim did not hold on the network itself, which was searched then.
         stages: standing points after each part, for attacks of several.
     """
 
@@ -99,43 +100,55 @@ class Progress:
         folder: where each process keeps its file, or None to keep nothing.
         fingerprint: of all that the numbers depend on; files of another one are refused.
         resume: go on from the files that are there, of whatever number of processes.
+        overwrite: forget the files that are there.
 
     Raises:
-        ValueError: a file belongs to another evaluation.
+        ValueError: there are files and neither is asked for, or a file belongs to another evaluation.
         RuntimeError: a file is damaged.
     """
 
-    def __init__(self, folder: Path | None, fingerprint: dict[str, Any], *, resume: bool = False):
-        self.folder, self.fingerprint = folder, fingerprint
+    def __init__(
+        self, folder: Path | None, fingerprint: dict[str, Any], *, resume: bool = False, overwrite: bool = False
+    ):
+        self.folder, self.fingerprint, self._resume = folder, fingerprint, resume
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.values: dict[str, Tensor] = {}
-        self.costs: dict[str, Cost] = {}
-        self._saved = time.monotonic()
-        if folder is None:
-            return
-        if resume:
-            for path in sorted(folder.glob("*.pt")):
-                self._load(path)
-        self._wait()
-        if self.rank == 0 and folder.is_dir():
-            self._remove()
-        self._wait()
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.rank == 0:
-            self.save()
+        self._own: dict[str, Cost] = {}  # of this process; with what earlier sessions took, in the first one
+        self._all: dict[str, Cost] = {}  # of all processes, once they have shared it
+        self._saved, self._begun = time.monotonic(), False
+        files = sorted(folder.glob("*.pt")) if folder is not None else []
+        if files and not resume and not overwrite:
+            raise ValueError(
+                f"{folder} holds an unfinished evaluation: --resume goes on with it, --overwrite starts again"
+            )
+        for path in files if resume else ():
+            self._load(path)
 
     def _load(self, path: Path) -> None:
         state = checkpoint.load_state(path)
         if not {"fingerprint", "values", "costs"} <= set(state):
-            raise RuntimeError(f"{path} is damaged or of something else: delete it and leave --resume out")
+            raise RuntimeError(f"{path} is damaged or of something else: --overwrite starts again")
         then = state["fingerprint"]
         if changed := [name for name in self.fingerprint if then.get(name) != self.fingerprint[name]]:
             what = "; ".join(f"{name}: {then.get(name)}, now {self.fingerprint[name]}" for name in changed)
-            raise ValueError(f"{path} belongs to another evaluation ({what}): leave --resume out to start again")
+            raise ValueError(f"{path} belongs to another evaluation ({what}): --overwrite starts again")
         for name, numbers in state["values"].items():
             self._merge(name, numbers)
         for name, cost in state["costs"].items() if self.rank == 0 else ():
-            self.costs[name] = self.costs.get(name, Cost()) + Cost(*cost)
+            self._own[name] = self._own.get(name, Cost()) + Cost(*cost)
+
+    def begin(self) -> None:
+        """From here on what is done is kept. Nothing is deleted before. All processes must call it."""
+        if self._begun or self.folder is None:
+            return
+        self._begun = True
+        self._wait()  # until all have read
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.remove_leftovers(self.folder)
+            self.save()  # with what was in the others' files
+            self._remove(keep=[self._file, *(self.folder.glob("*.kept") if self._resume else ())])
+        self._wait()
 
     def _merge(self, name: str, numbers: Tensor) -> None:
         mine = self.of(name, len(numbers))
@@ -152,7 +165,7 @@ class Progress:
     def done(self, name: str, rows: Tensor, numbers: Tensor, cost: Cost) -> None:
         """Keep the numbers of these points."""
         self.values[name][rows] = numbers.double().cpu()
-        self.costs[name] = self.costs.get(name, Cost()) + cost
+        self._own[name] = self._own.get(name, Cost()) + cost
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.save()
 
@@ -161,34 +174,59 @@ class Progress:
         if self.processes == 1:
             return
         everyone: list[Any] = [None] * self.processes
-        dist.all_gather_object(everyone, (self.values[name], self.costs.get(name, Cost())))
+        dist.all_gather_object(everyone, (self.values[name], self._own.get(name, Cost())))
         for numbers, _ in everyone:
             self._merge(name, numbers)
-        if self.rank == 0:  # one process keeps the sum, so that none is counted twice
-            self.costs[name] = sum((cost for _, cost in everyone), Cost())
-        else:
-            self.costs.pop(name, None)
+        self._all[name] = sum((cost for _, cost in everyone), Cost())
+
+    def cost(self, name: str) -> Cost:
+        """Of all points of that name, in all processes and sessions."""
+        return (self._own if self.processes == 1 else self._all).get(name, Cost())
+
+    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the first process makes, the same in all of them, and in the sessions that go on from this one.
+
+        Args:
+            name: what it is.
+            make: gives a dict of tensors, numbers and strings.
+        """
+        self.begin()
+        made: list[Any] = [None]
+        if self.rank == 0:
+            file = None if self.folder is None else self.folder / f"{name}.kept"
+            made = [checkpoint.load_state(file) if file is not None and file.is_file() else make()]
+            if file is not None and not file.is_file():
+                checkpoint.save_state(file, made[0])
+        if self.processes > 1:
+            dist.broadcast_object_list(made)
+        return made[0]
+
+    @property
+    def _file(self) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{self.rank}.pt"
 
     def save(self) -> None:
         """Write this process' file, all or nothing."""
         if self.folder is not None:
-            costs = {name: [c.seconds, c.forwards, c.backwards] for name, c in self.costs.items()}
-            state = {"fingerprint": self.fingerprint, "values": self.values, "costs": costs}
-            checkpoint.save_state(self.folder / f"{self.rank}.pt", state)
+            costs = {name: [c.seconds, c.forwards, c.backwards] for name, c in self._own.items()}
+            checkpoint.save_state(self._file, {"fingerprint": self.fingerprint, "values": self.values, "costs": costs})
         self._saved = time.monotonic()
 
     def finish(self) -> None:
-        """Forget the files: the result is in other hands."""
+        """Forget the files: the result is in other hands. All processes must call it."""
         self._wait()
-        if self.folder is not None and self.rank == 0:
+        if self.folder is not None and self.rank == 0 and self.folder.is_dir():
             self._remove()
-            self.folder.rmdir()
+            with suppress(OSError):  # something that is not ours is in it
+                self.folder.rmdir()
 
-    def _remove(self) -> None:
-        if self.folder is not None:
-            checkpoint.remove_leftovers(self.folder)
-            for path in self.folder.glob("*.pt"):
-                path.unlink()
+    def _remove(self, keep: Sequence[Path] = ()) -> None:
+        assert self.folder is not None
+        for pattern in ("*.pt", "*.kept"):
+            for path in self.folder.glob(pattern):
+                if path not in keep:
+                    path.unlink()
 
 
 class Engine:
@@ -218,7 +256,7 @@ class Engine:
         self.images, self.key, self.batch_size = images, key, batch_size
         self.progress = progress or Progress(None, {})
         self.model = Counted(model.eval())
-        folded = fold(model, self._batch(torch.arange(min(8, len(images))))[0]) if fast else None
+        folded = fold(model, self.batch(torch.arange(min(8, len(images))))[0]) if fast else None
         self.layout = torch.contiguous_format if folded is None else torch.channels_last
         searched: nn.Module = model if folded is None else folded.to(memory_format=torch.channels_last)
         self.how = "the network itself"
@@ -249,9 +287,15 @@ class Engine:
         refuted, stages, cost = 0, [], Cost()
         for number, part in enumerate(attack.parts()):
             stage = f"{name}/{number}"
-            numbers = self.measure(stage, functools.partial(self._try, part), standing)
-            refuted += int((numbers == REFUTED).sum())
-            standing = standing & (numbers > 0)
+
+            def search(
+                model: nn.Module, images: Tensor, labels: Tensor, ids: Tensor, part: Attack = part
+            ) -> tuple[Tensor, Tensor]:
+                return part(model, images, labels, index=ids, key=self.key), torch.ones_like(labels)
+
+            numbers = self.measure(stage, functools.partial(self.found, search, part), standing)
+            refuted += int((numbers < 0).sum())
+            standing = standing & numbers.isinf()
             stages.append(int(standing.sum()))
             cost = cost + self.cost(stage)
         return Outcome(standing, cost, refuted, tuple(stages) if len(stages) > 1 else ())
@@ -267,33 +311,62 @@ class Engine:
         Returns:
             [N], float64, on the host; NaN for the other points.
         """
+        self.progress.begin()
         numbers, progress = self.progress.of(name, len(self.images)), self.progress
-        for turn, part in enumerate(rows.nonzero().squeeze(1).split(self.batch_size)):
-            if turn % progress.processes == progress.rank and numbers[part].isnan().any():
-                with self._measured() as cost:
-                    found = function(*self._batch(part))
-                progress.done(name, part, found, cost)
+        parts = [part for part in rows.nonzero().squeeze(1).split(self.batch_size) if numbers[part].isnan().any()]
+        for part in parts[progress.rank :: progress.processes]:
+            with self._measured() as cost:
+                found = function(*self.batch(part))
+            progress.done(name, part, found, cost)
         progress.share(name)
         return numbers.where(rows, torch.nan)
 
     def cost(self, name: str) -> Cost:
         """What :meth:`measure` took for all points of that name, in all processes and sessions."""
-        return self.progress.costs.get(name, Cost())
+        return self.progress.cost(name)
 
-    def _try(self, attack: Attack, images: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
-        """Per point 0 if the attack has broken it, 1 if it stands, :data:`REFUTED` if only the search thought not."""
-        adv = attack(self.search, self.laid_out(images), labels, index=ids, key=self.key)
+    def found(self, search: Search, attack: Attack, images: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
+        """What a search finds that the network itself confirms.
+
+        A claim that does not hold on the network itself says nothing of the point, so that it is searched there again.
+
+        Args:
+            search: it.
+            attack: whose ball the images must lie in.
+            images: [n, C, H, W].
+            labels: [n].
+            ids: [n].
+
+        Returns:
+            [n], float64: the search's numbers of broken points, infinity for those that stand; negative where a claim
+            was refuted and the search done again.
+        """
+        adv, numbers = search(self.search, self.laid_out(images), labels, ids)
+        broken = self._confirmed(adv, images, labels, attack)
+        numbers = numbers.double().where(broken, torch.inf)
+        if self.search is self.model:
+            return numbers
+        with torch.no_grad(), frozen(self.search):
+            claimed = self.search(adv).argmax(1) != labels
+        again = (claimed & ~broken).nonzero().squeeze(1)
+        if len(again):
+            images, labels = images[again], labels[again]
+            adv, second = search(self.model, images, labels, ids[again])
+            broken = self._confirmed(adv, images, labels, attack)
+            numbers[again] = -second.double().where(broken, torch.inf)
+        return numbers
+
+    def _confirmed(self, adv: Tensor, images: Tensor, labels: Tensor, attack: Attack) -> Tensor:
+        """Which images are allowed and fool the network itself, [n], bool."""
         with torch.no_grad(), frozen(self.model):
-            fooled = self.model(adv.contiguous()).argmax(1) != labels
-            claimed = self.search(adv).argmax(1) != labels if self.search is not self.model else fooled
-        broken = fooled & allowed(adv, images, attack)
-        return torch.where(broken, 0.0, torch.where(claimed, REFUTED, 1.0))
+            return (self.model(adv.contiguous()).argmax(1) != labels) & allowed(adv, images, attack)
 
     def laid_out(self, images: Tensor) -> Tensor:
         """The images in the memory format that the search's network is fastest with."""
         return images.contiguous(memory_format=self.layout)
 
-    def _batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images in [0, 1], labels and ids of these points, on their device."""
         rows = rows.to(self.images.labels.device)
         return self.images.images(rows), self.images.labels[rows], self.images.ids[rows]
 

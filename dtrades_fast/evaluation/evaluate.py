@@ -6,9 +6,10 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,9 +22,9 @@ import dtrades_fast
 from dtrades_fast import data, environment, models
 from dtrades_fast.config import option
 from dtrades_fast.data import ImageSet
-from dtrades_fast.evaluation import blackbox, report, suites
+from dtrades_fast.evaluation import blackbox, metrics, report, suites
 from dtrades_fast.evaluation.engine import Progress
-from dtrades_fast.evaluation.record import SCHEMA, Settings, evaluate_model
+from dtrades_fast.evaluation.record import SCHEMA, Settings, evaluate_model, flags
 from dtrades_fast.evaluation.targets import Target, TrainedRun, find_run, load_run, load_target
 from dtrades_fast.models.normalize import Classifier
 from dtrades_fast.pixels import pixels
@@ -32,6 +33,23 @@ from dtrades_fast.training import checkpoint
 __all__ = ["Options", "RunOptions", "TrainedRun", "evaluate", "find_run", "load_run", "main", "parse"]
 
 FILE_WIDTH = 132  #: characters of the tables where the output is not a terminal
+#: How long processes wait for the slowest one, whose share of a part may take hours on CPUs.
+PATIENCE = timedelta(days=7)
+#: Records that agree in this are of one evaluation.
+PLACE = (
+    "dataset",
+    "checkpoint",
+    "split",
+    "ids",
+    "epsilon",
+    "norm",
+    "step_size",
+    "seed",
+    "engine",
+    "precision",
+    "ignored",
+)
+VERDICTS = ("healthy", "suspicious", "masked")  #: from good to bad
 
 
 @dataclass
@@ -92,6 +110,8 @@ class Options(RunOptions):
     """Training images that the network is asked about for the twin, the same share of each class."""
     resume: bool = False
     """Go on with an evaluation that was killed."""
+    overwrite: bool = False
+    """Forget an evaluation that was killed and start again."""
     ignore: str = ""
     """Findings of the guard rails, with commas, that are no reason to stop."""
     dataset: Annotated[str | None, option("STR", "Data set, for files of weights.", "the run's")] = None
@@ -113,13 +133,15 @@ def main(argv: Sequence[str], prog: str) -> int:
         console = Console(quiet=rank > 0)
         if not console.is_terminal:
             console.width = FILE_WIDTH
-        records = []
+        records, unfinished = [], []
         for name in options.runs:
-            record, progress = evaluate(load(name, options), options, console)
+            record, progress = evaluate(load(name, options), options, console, state_folder(name, options))
             if rank == 0:
                 write(output(name, options), record)
-            progress.finish()
             records.append(record)
+            unfinished.append(progress)
+        for progress in unfinished:  # until then, an evaluation of several networks can be resumed
+            progress.finish()
         console.print(report.table(records))
         if len(records) == 1:
             for view in report.tables(records[0]):
@@ -137,7 +159,7 @@ def processes() -> Iterator[int]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield 0
         return
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield dist.get_rank()
     finally:
@@ -166,17 +188,13 @@ def device_of(options: RunOptions) -> str:
 
 
 def load(name: str, options: Options) -> Target:
-    """The network of that name."""
+    """A network to evaluate."""
     file = {field: getattr(options, field) for field in ("arch", "width", "mean", "std")}
-    is_file = Path(name).expanduser().is_file()
-    return load_target(
-        name,
-        **(file if is_file else {}),
-        dataset=options.dataset,
-        epoch=options.checkpoint,
-        runs_dir=options.runs_dir,
-        device=device_of(options),
-    )
+    return _load(name, options, dataset=options.dataset, **file)
+
+
+def _load(name: str, options: Options, **file: Any) -> Target:
+    return load_target(name, **file, epoch=options.checkpoint, runs_dir=options.runs_dir, device=device_of(options))
 
 
 def output(name: str, options: Options) -> Path:
@@ -185,8 +203,16 @@ def output(name: str, options: Options) -> Path:
     return path.with_name(path.name + ".eval.json") if path.is_file() else find_run(name, options.runs_dir).evaluation
 
 
-def evaluate(target: Target, options: Options, console: Console | None = None) -> tuple[dict[str, Any], Progress]:
+def evaluate(
+    target: Target, options: Options, console: Console | None = None, state: Path | None = None
+) -> tuple[dict[str, Any], Progress]:
     """One network under all attacks: the record that ``eval.json`` keeps, and what is to be forgotten once it does.
+
+    Args:
+        target: the network.
+        options: of the command.
+        console: is told what is found.
+        state: folder that keeps what is done until then; None to keep nothing.
 
     Raises:
         ValueError: an option that is not possible, or the guard rails have found an error.
@@ -200,12 +226,16 @@ def evaluate(target: Target, options: Options, console: Console | None = None) -
     sets, device = data_of(target, options, options.limit), device_of(options)
     images: ImageSet = getattr(sets, options.split)
     settings = settings_of(target, options)
-    surrogates = {name: player(load(name, options)) for name in options.surrogates}
+    if options.resume and options.overwrite:
+        raise ValueError("--resume goes on with an evaluation, --overwrite deletes it: give one of the two")
+    surrogates = surrogates_of(target, options)
     twin = options.twin or (target.arch if options.suite in ("blackbox", "full") and not options.attacks else None)
     progress = Progress(
-        state_folder(target, options),
+        state,
         {
+            "version": dtrades_fast.__version__,
             "network": target.sha256,
+            "points": len(images),
             "images": hashlib.sha256(images.ids.cpu().numpy().tobytes()).hexdigest()[:16],
             "dataset": target.dataset,
             "split": options.split,
@@ -214,26 +244,51 @@ def evaluate(target: Target, options: Options, console: Console | None = None) -
             **json.loads(json.dumps(dataclasses.asdict(settings))),
         },
         resume=options.resume,
+        overwrite=options.overwrite,
     )
     console.print(f"{target.name}: {target.source}; {len(images):,} {options.split} images of {target.dataset}")
     for note in target.notes:
         console.print(f"  {note}")
-    extracted = {}
-    if twin is not None:
+    extracted: dict[str, Any] = {}
+
+    def everyone() -> dict[str, blackbox.Player]:
+        """The surrogates, and a twin that is trained once for all processes and sessions."""
+        if twin is None:
+            return surrogates
         asked = data_of(target, options, options.twin_queries)
-        extraction = extract(target, asked, images, twin, device, options.seed)
-        surrogates[f"twin-{twin}"] = blackbox.Player(extraction.twin, twin, twin_of=target.model)
-        extracted = {"arch": twin, "queries": extraction.queries, "agreement": extraction.agreement}
+        make = twin_maker(target, sets.info, twin, device)
+
+        def train() -> dict[str, Any]:
+            found = blackbox.extract(
+                target.model,
+                asked.train.images_uint8,
+                make,
+                held_out_uint8=images.images_uint8,
+                augmentation=sets.info.augmentation,
+                seed=options.seed,
+            )
+            return {
+                "weights": {name: tensor.cpu() for name, tensor in found.twin.state_dict().items()},
+                "queries": found.queries,
+                "agreement": found.agreement,
+            }
+
+        trained = progress.once("twin", train)
+        network = make().eval()
+        network.load_state_dict(trained["weights"])
+        extracted.update({"arch": twin, "queries": trained["queries"], "agreement": trained["agreement"]})
         console.print(
-            f"twin {twin}: agrees on {100 * extraction.agreement:.1f} % of the {options.split} images after "
-            f"{extraction.queries:,} queries"
+            f"twin {twin}: agrees on {100 * trained['agreement']:.1f} % of the {options.split} images after "
+            f"{trained['queries']:,} queries"
         )
+        return {**surrogates, f"twin-{twin}": blackbox.Player(network, twin, twin_of=target.model)}
+
     record = evaluate_model(
         target.model,
         images,
         sets.info.classes,
         settings,
-        surrogates=surrogates,
+        surrogates=everyone,
         player=player(target),
         progress=progress,
         ignore=[name for name in options.ignore.split(",") if name],
@@ -277,6 +332,11 @@ def settings_of(target: Target, options: Options) -> Settings:
     if epsilon is None:
         raise ValueError(f"{target.name} is a file of weights: say with --epsilon how far attacks may go, e.g. 8/255")
     pixels(epsilon, "--epsilon")
+    if options.epsilon is None and target.config and options.norm not in (None, target.config.attack.norm):
+        raise ValueError(
+            f"--norm {options.norm} needs --epsilon: {epsilon}, which {target.name} was trained for, is a radius in "
+            f"{target.config.attack.norm}"
+        )
     norms: tuple[suites.Norm, ...] = ("linf", "l2") if options.suite in ("minimum-norm", "full") else ()
     return Settings(
         epsilon=epsilon,
@@ -291,24 +351,32 @@ def settings_of(target: Target, options: Options) -> Settings:
     )
 
 
-def state_folder(target: Target, options: Options) -> Path:
-    """Where an unfinished evaluation is kept."""
-    if target.folder is not None:
-        return target.folder.evaluation_state
-    name = next(name for name in options.runs if Path(name).expanduser().is_file())
+def state_folder(name: str, options: Options) -> Path:
+    """Where an unfinished evaluation is kept: in the run's folder, or beside the file."""
     path = Path(name).expanduser()
-    return path.with_name(path.name + ".eval-state")
+    if path.is_file():
+        return path.with_name(path.name + ".eval-state")
+    return find_run(name, options.runs_dir).evaluation_state
 
 
 def player(target: Target) -> blackbox.Player:
     return blackbox.Player(target.model, target.arch)
 
 
-def extract(
-    target: Target, sets: data.DataSets, held_out: ImageSet, arch: str, device: str, seed: int
-) -> blackbox.Extraction:
-    """A twin trained on the network's answers to the training images of these sets."""
-    info = sets.info
+def surrogates_of(target: Target, options: Options) -> dict[str, blackbox.Player]:
+    """The other networks, by name."""
+    found = {name: _load(name, options) for name in options.surrogates}
+    for name, surrogate in found.items():
+        if surrogate.sha256 == target.sha256:
+            raise ValueError(
+                f"--surrogates {name} has the very weights of {target.name}: give others (the white box is among the "
+                "transfer attacks anyway)"
+            )
+    return {name: player(surrogate) for name, surrogate in found.items()}
+
+
+def twin_maker(target: Target, info: data.DataInfo, arch: str, device: str) -> Callable[[], Classifier]:
+    """What makes untrained networks of an architecture, as wide as the target and for the same images."""
     width = target.config.model.width if target.config else None
     if isinstance(target.model, Classifier):
         mean, std = (
@@ -328,35 +396,45 @@ def extract(
             std=std,
         ).to(device)
 
-    return blackbox.extract(
-        target.model,
-        sets.train.images_uint8,
-        make,
-        held_out_uint8=held_out.images_uint8,
-        augmentation=info.augmentation,
-        seed=seed,
-    )
+    return make
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
     """Add a record to ``eval.json``.
 
     Records of the same checkpoint but other weights, and of an older schema, are out of date and go. A record of the
-    same points and threat is merged with the new one, attack by attack.
+    same points, threat and way of searching is merged with the new one, attack by attack.
     """
-    place = ("checkpoint", "split", "points", "epsilon", "norm", "seed", "engine")
     earlier = json.loads(path.read_text())["evaluations"] if path.is_file() else []
     kept = []
     for other in earlier:
         stale = other["checkpoint"] == record["checkpoint"] and other["weights_sha256"] != record["weights_sha256"]
         if stale or other.get("schema") != SCHEMA:
             continue
-        if all(other[name] == record[name] for name in place):
-            merged = {name: {**other[name], **record[name]} for name in ("attacks", "minimum_norm", "transfer")}
-            record = {**record, **merged}
+        if all(other[name] == record[name] for name in PLACE):
+            record = merged(other, record)
         else:
             kept.append(other)
     checkpoint.write_text(path, json.dumps({"schema": SCHEMA, "evaluations": [*kept, record]}) + "\n")
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Both evaluations of the same points in one, the new one's word counting where both have one.
+
+    Of the verdicts it is the worse one: what an attack has shown stays true when another one is run.
+    """
+    attacks = {**old["attacks"], **new["attacks"]}
+    standing = [flags(entry["correct"]) for entry in attacks.values()]
+    transfers = new if new["transfer"] else old  # of one set of surrogates
+    return {
+        **new,
+        "attacks": attacks,
+        "ra_worst": metrics.accuracy(torch.stack(standing).all(0)) if standing else new["na"],
+        "minimum_norm": {**old["minimum_norm"], **new["minimum_norm"]},
+        "transfer": transfers["transfer"],
+        "extraction": transfers["extraction"],
+        "verdict": max(new["verdict"], old["verdict"], key=lambda found: VERDICTS.index(found["verdict"])),
+    }
 
 
 def verdict_lines(record: dict[str, Any]) -> list[str]:

@@ -106,7 +106,8 @@ def minimum_norm(
         key: the stream of random numbers.
         batch_size: images at a time; it does not change the result beyond rounding.
         attacks: by name; FMN, FAB-T and the bisection with APGD if not given.
-        search: a faster form of the model, on which the attacks work.
+        search: a faster form of the model, on which the attacks work; on the model itself where what they claim does
+            not hold there.
 
     Raises:
         ValueError: there are no images, or an argument is out of its range.
@@ -154,6 +155,14 @@ def _batch(
         for name, attack in attacks.items():
             adv = attack(search, images[rows], labels[rows], index=index[rows], key=key)
             found[name][rows] = verified(model, adv, images[rows], labels[rows], norm)
+            if search is model:
+                continue
+            with torch.no_grad():
+                claimed = search(adv).argmax(1) != labels[rows]
+            again = rows[claimed & found[name][rows].isinf()]
+            if len(again):
+                adv = attack(model, images[again], labels[again], index=index[again], key=key)
+                found[name][again] = verified(model, adv, images[again], labels[again], norm)
     return found
 
 

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from dtrades_fast import rng
 from dtrades_fast.attacks import MIFGSM, PGD, Attack, Square
-from dtrades_fast.attacks.base import frozen
 from dtrades_fast.data import ImageSet
 from dtrades_fast.evaluation import blackbox, guards, metrics, minimum_norm, suites, verdict
-from dtrades_fast.evaluation.engine import Cost, Engine, Progress, allowed
+from dtrades_fast.evaluation.engine import Cost, Engine, Progress
 from dtrades_fast.pixels import pixels
 
 __all__ = ["SCHEMA", "Settings", "evaluate_model", "flags"]
@@ -33,6 +32,8 @@ QUERIES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 RADII = 50
 #: Steps of PGD and MI-FGSM on a surrogate.
 TRANSFER_STEPS = 20
+#: Names among the networks of transfer attacks.
+TARGET, ENSEMBLE = "target", "ensemble"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def evaluate_model(
     classes: Sequence[str],
     settings: Settings,
     *,
-    surrogates: Mapping[str, blackbox.Player] | None = None,
+    surrogates: Mapping[str, blackbox.Player] | Callable[[], Mapping[str, blackbox.Player]] | None = None,
     player: blackbox.Player | None = None,
     progress: Progress | None = None,
     ignore: Sequence[str] = (),
@@ -81,7 +82,8 @@ def evaluate_model(
         images: what it is evaluated on.
         classes: names of the classes, one per logit.
         settings: how.
-        surrogates: networks that transfer attacks make their images on, by name.
+        surrogates: networks that transfer attacks make their images on, by name; or what gives them, which is called
+            when the guard rails are passed.
         player: the model as one of them, for its relation to the surrogates.
         progress: what is done already, and where it is kept.
         ignore: findings of the guard rails that are no reason to stop.
@@ -89,7 +91,7 @@ def evaluate_model(
 
     Raises:
         GuardError: the network or the images are not what they should be; the message says what and what to do.
-        ValueError: a setting that is not possible.
+        ValueError: a setting that is not possible, or a surrogate's name that means something else.
     """
     epsilon = pixels(settings.epsilon, "epsilon")
     attacks = {name: _make(name, epsilon, len(classes), settings) for name in settings.attacks}
@@ -109,11 +111,17 @@ def evaluate_model(
         fast=not settings.official,
         precision="fp32" if settings.official else settings.precision,
     )
+    engine.progress.begin()
+    others = surrogates() if callable(surrogates) else surrogates or {}
+    if taken := {TARGET, ENSEMBLE} & set(others):
+        raise ValueError(f"no surrogate can be called {taken.pop()!r}, which stands for something else in a record")
     labels, natural = images.labels.cpu(), engine.natural()
     report(f"clean: {100 * metrics.accuracy(natural):.1f} %")
     judge = _Judge(natural, labels, classes, report)
     results = {name: _attack(engine, name, attack, judge) for name, attack in attacks.items()}
-    transfers = _transfers(player, surrogates, images, epsilon, settings, key, judge) if surrogates and player else {}
+    transfers = (
+        _transfers(player or blackbox.Player(model, ""), others, engine, epsilon, settings, judge) if others else {}
+    )
     worst = natural
     for entry in results.values():
         worst = worst & flags(entry["correct"])
@@ -191,26 +199,16 @@ def _attack(engine: Engine, name: str, attack: Attack, judge: _Judge) -> dict[st
 
 def _square(engine: Engine, name: str, attack: Square, judge: _Judge) -> dict[str, Any]:
     """Square's entry with its curve: robust accuracy after so many queries."""
-
-    def queries(images: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
-        with torch.no_grad(), frozen(engine.model):
-            adv, spent = attack.search(engine.search, engine.laid_out(images), labels, ids, engine.key)
-            broken = (engine.model(adv.contiguous()).argmax(1) != labels) & allowed(adv, images, attack)
-        return torch.where(broken, spent.double(), torch.inf)
-
-    numbers = engine.measure(f"{name}/queries", queries, judge.natural)
-    standing = judge.natural & numbers.isinf()
-    judge.say(name, standing)
-    spent = torch.where(numbers.isfinite(), numbers, torch.where(standing, attack.queries, 0)).long()
-    curve = blackbox.QueryCurve(spent, standing, attack.queries)
+    curve, refuted = blackbox.query_curve(engine, name, attack, judge.natural)
+    judge.say(name, curve.standing)
     counts = [count for count in QUERIES if count <= attack.queries]
     return {
-        **judge.entry(attack, standing, engine.cost(f"{name}/queries"), 0),
+        **judge.entry(attack, curve.standing, engine.cost(name), refuted),
         "queries": {
             "median": curve.median(),
             "after": counts,
             "ra": [accuracy / 100 for accuracy in curve.accuracy(counts).tolist()],
-            "per_point": spent.tolist(),
+            "per_point": curve.queries.tolist(),
         },
     }
 
@@ -259,24 +257,23 @@ def _minimum_norm(
 def _transfers(
     player: blackbox.Player,
     surrogates: Mapping[str, blackbox.Player],
-    images: ImageSet,
+    engine: Engine,
     epsilon: float,
     settings: Settings,
-    key: int,
     judge: _Judge,
 ) -> dict[str, Any]:
     """Every surrogate and their ensemble against the network, and each against each other."""
-    networks = {"target": player, **surrogates}
+    networks = {TARGET: player, **surrogates}
     sources = dict(networks)
     if len(surrogates) > 1:
         members = [surrogate.model for surrogate in surrogates.values()]
-        sources["ensemble"] = blackbox.Player(blackbox.Ensemble(members), "ensemble")
+        sources[ENSEMBLE] = blackbox.Player(blackbox.Ensemble(members), "ensemble")
     entries = {}
     for name, attack in {
         "mifgsm": MIFGSM(epsilon, TRANSFER_STEPS, norm=settings.norm),
         f"pgd{TRANSFER_STEPS}": PGD(epsilon, TRANSFER_STEPS, norm=settings.norm),
     }.items():
-        found = blackbox.transfer(sources, networks, images, attack, key=key, batch_size=settings.batch_size)
+        found = blackbox.transfer(sources, networks, engine, f"transfer/{name}", attack)
         entries[name] = {
             "sources": list(found.sources),
             "targets": list(found.targets),
@@ -310,16 +307,24 @@ def _verdict(
     if stages and figures:
         lost = round((stages["fab-t"]["ra"] - stages["square"]["ra"]) * len(judge.natural))
         figures["score_only"] = max(figures["score_only"], lost / right)
-    white = [flags(entry["correct"]) for name, entry in results.items() if not name.startswith("square")]
-    if transfers and white:
-        standing = torch.stack(white).all(0)
-        fallen = torch.zeros_like(standing)
-        for entry in transfers.values():
-            for source, by_target in zip(entry["sources"], entry["standing"], strict=True):
-                if source != "target":
-                    fallen |= standing & ~flags(by_target[0])
-        figures["transfer_only"] = int(fallen.sum()) / right
+    if transfers:
+        figures["transfer_only"] = len(_transferred(judge.natural, results, transfers)) / right
     return verdict.judge(figures, points, random=found.has("random"))
+
+
+def _transferred(
+    natural: Tensor, results: Mapping[str, Mapping[str, Any]], transfers: Mapping[str, Mapping[str, Any]]
+) -> list[int]:
+    """Points that fall to images made on other networks, and to no attack that uses the network's own gradients."""
+    white, black = natural.clone(), natural.clone()
+    for name, entry in results.items():
+        if not name.startswith("square"):
+            white &= flags(entry["correct"])
+    for entry in transfers.values():
+        for source, by_target in zip(entry["sources"], entry["standing"], strict=True):
+            side = white if source == TARGET else black
+            side &= flags(by_target[0])
+    return (white & ~black).nonzero().squeeze(1).tolist()
 
 
 def flag_string(standing: Tensor) -> str:

@@ -19,7 +19,7 @@ Norm = Literal["linf", "l2"]
 #: What a name may be, for help and messages.
 ATTACKS = (
     "fgsm, pgdK (K steps, e.g. pgd20), pgdK-rR (R restarts, e.g. pgd20-r5), apgd-ce, apgd-t, fab-t, square and "
-    "autoattack, each also with -l2"
+    "autoattack"
 )
 #: Attacks of the suites; minimum-norm and blackbox have parts that are no attack with a fixed epsilon.
 SUITES: dict[str, tuple[str, ...]] = {
@@ -45,34 +45,32 @@ def make_attack(
     PGD ends at the first image that fools the model, as the others do.
 
     Args:
-        name: e.g. ``"pgd20-r5"``; a name that ends in ``-l2`` has that norm.
+        name: e.g. ``"pgd20-r5"``.
         epsilon: radius in pixel units.
         step_size: of PGD, in pixel units; ``epsilon / 4`` if not given.
-        norm: of a name that says none.
+        norm: of the ball.
         classes: number of classes of the model.
         official: AutoAttack's official code instead of ours.
 
     Raises:
         ValueError: there is no such attack, or none for so few classes.
     """
-    bare = name.removesuffix("-l2")
-    norm = "l2" if bare != name else norm
     targets = min(TARGETS, classes - 1)
-    if bare == "fgsm":
+    if name == "fgsm":
         return FGSM(epsilon) if norm == "linf" else PGD(epsilon, 1, epsilon or None, norm, start="clean")
-    if bare == "autoattack":
+    if name == "autoattack":
         return (OfficialAutoAttack if official else AutoAttack)(epsilon, norm, classes)
-    if bare == "apgd-ce":
+    if name == "apgd-ce":
         return APGD(epsilon, norm=norm)
-    if bare in ("apgd-t", "fab-t") and classes < 4:
+    if name in ("apgd-t", "fab-t") and classes < 4:
         raise ValueError(f"{name} needs at least 4 classes, got {classes}: use apgd-ce, pgdK and square")
-    if bare == "apgd-t":
+    if name == "apgd-t":
         return APGD(epsilon, norm=norm, loss="dlr", targets=targets)
-    if bare == "fab-t":
+    if name == "fab-t":
         return FAB(norm=norm, targets=targets, epsilon=epsilon)
-    if bare == "square":
+    if name == "square":
         return Square(epsilon, norm=norm)
-    found = re.fullmatch(r"pgd([1-9]\d*)(?:-r([1-9]\d*))?", bare)
+    found = re.fullmatch(r"pgd([1-9]\d*)(?:-r([1-9]\d*))?", name)
     if found is None:
         raise ValueError(f"unknown attack {name!r}; known are {ATTACKS}")
     steps, restarts = found.groups()
