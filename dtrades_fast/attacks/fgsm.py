@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from dtrades_fast.attacks.pgd import PGD
 
 
-def FGSM(epsilon: float, *, targeted: bool = False) -> PGD:  # noqa: N802 (named as the attack it makes)
-    """``clip(x + epsilon sign(grad_x CE(z, y)), 0, 1)``.
+def FGSM(  # noqa: N802 (named as the attack it makes)
+    epsilon: float, norm: Literal["linf", "l2"] = "linf", *, targeted: bool = False
+) -> PGD:
+    """``clip(x + epsilon sign(g), 0, 1)`` with ``g = grad_x CE(z, y)``; for L2 along ``g / ||g||`` instead of its sign.
 
     Args:
         epsilon: size of the step in pixel units.
+        norm: ``"linf"`` or ``"l2"``.
         targeted: the labels given are classes to reach.
     """
-    return PGD(epsilon, steps=1, step_size=epsilon or None, start="clean", targeted=targeted)
+    return PGD(epsilon, steps=1, step_size=epsilon or None, norm=norm, start="clean", targeted=targeted)

@@ -48,6 +48,7 @@ PLACE = (
     "engine",
     "precision",
     "ignored",
+    "notes",
 )
 VERDICTS = ("healthy", "suspicious", "masked")  #: from good to bad
 
@@ -121,6 +122,10 @@ class Options(RunOptions):
     """What a file's network wants subtracted from images in [0, 1], per channel."""
     std: tuple[float, ...] | None = None
     """What it wants them divided by then."""
+    preact_shortcut: Annotated[
+        Literal["activated", "input"] | None,
+        option("{activated,input}", "What the 1x1 shortcuts of a pre-activation ResNet in a file see.", "activated"),
+    ] = None
 
 
 Asked = TypeVar("Asked", bound=RunOptions)
@@ -189,7 +194,7 @@ def device_of(options: RunOptions) -> str:
 
 def load(name: str, options: Options) -> Target:
     """A network to evaluate."""
-    file = {field: getattr(options, field) for field in ("arch", "width", "mean", "std")}
+    file = {field: getattr(options, field) for field in ("arch", "width", "mean", "std", "preact_shortcut")}
     return _load(name, options, dataset=options.dataset, **file)
 
 
@@ -235,6 +240,7 @@ def evaluate(
         {
             "version": dtrades_fast.__version__,
             "network": target.sha256,
+            "read": list(target.notes),
             "points": len(images),
             "images": hashlib.sha256(images.ids.cpu().numpy().tobytes()).hexdigest()[:16],
             "dataset": target.dataset,

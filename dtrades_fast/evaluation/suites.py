@@ -57,7 +57,7 @@ def make_attack(
     """
     targets = min(TARGETS, classes - 1)
     if name == "fgsm":
-        return FGSM(epsilon) if norm == "linf" else PGD(epsilon, 1, epsilon or None, norm, start="clean")
+        return FGSM(epsilon, norm)
     if name == "autoattack":
         return (OfficialAutoAttack if official else AutoAttack)(epsilon, norm, classes)
     if name == "apgd-ce":

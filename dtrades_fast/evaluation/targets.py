@@ -126,7 +126,7 @@ def load_target(
     width: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    preact_shortcut: Shortcut = "activated",
+    preact_shortcut: Shortcut | None = None,
     epoch: Epoch = "best",
     runs_dir: str | Path = "runs",
     name: str | None = None,
@@ -146,7 +146,7 @@ def load_target(
         width: of a file: channels of the first stage.
         mean: of a file: what its network wants subtracted from images in [0, 1]; by default what it holds, if any.
         std: of a file: what its network wants them divided by then.
-        preact_shortcut: of a file with a pre-activation ResNet: what its 1x1 shortcuts see.
+        preact_shortcut: of a file with a pre-activation ResNet: what its 1x1 shortcuts see; ``"activated"`` if None.
         epoch: of a run: the epoch whose weights to take, the best one by validation or the last one.
         runs_dir: where names of runs are looked for.
         name: for tables; by default the run's, the file's or the module's class.
@@ -157,7 +157,7 @@ def load_target(
         ValueError: the file is damaged, holds code, or fits no known architecture; an option that is not possible.
         RuntimeError: the run's weights are damaged.
     """
-    options = {"arch": arch, "width": width, "mean": mean, "std": std}
+    options = {"arch": arch, "width": width, "mean": mean, "std": std, "preact_shortcut": preact_shortcut}
     given = [option for option, value in options.items() if value is not None]
     if isinstance(spec, nn.Module):
         _refuse(given, "a network in Python")
@@ -171,7 +171,7 @@ def load_target(
             width=width,
             mean=mean,
             std=std,
-            preact_shortcut=preact_shortcut,
+            preact_shortcut=preact_shortcut or "activated",
         )
         return Target(
             model=found.model.to(device),

@@ -105,7 +105,7 @@ PANELS = (
         alarms=True,
     ),
 )
-DASHES: tuple[Literal["-", "--"], ...] = ("-", "--")
+DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 
 
 @styled

@@ -11,12 +11,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dtrades_fast.evaluation.minimum_norm import robust_accuracy
-from dtrades_fast.plot.figures import WIDTH, looks, styled
+from dtrades_fast.plot.figures import DASHES, WIDTH, looks, styled
 
 __all__ = ["robust_accuracy_curve"]
 
-#: Tell curves that lie on each other apart, also in grey.
-DASHES = ("-", "--", "-.", ":")
 MARKERS = 8  #: on one curve
 NAMES = {"linf": "Linf", "l2": "L2"}
 

@@ -15,14 +15,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import StrMethodFormatter
 
 from dtrades_fast.evaluation.blackbox import QueryCurve, Transfer
-from dtrades_fast.plot.figures import WIDTH, looks, styled
+from dtrades_fast.plot.figures import DASHES, WIDTH, looks, styled
 
 __all__ = ["query_curves", "transfer_matrix"]
 
 CELL_WIDTH, CELL_HEIGHT = 1.15, 0.6  #: inches
 NAME_LENGTH = 14  #: characters in a line of a name
-#: Tell curves that lie on each other apart, also in grey.
-DASHES = ("-", "--", "-.", ":")
 MARKER_DISTANCE = 0.08  #: on a curve, as a share of the diagonal
 
 
