@@ -74,8 +74,19 @@ def test_gradients_that_point_nowhere() -> None:
 
 
 def test_random_forward_pass_is_no_proof() -> None:
-    got = verdict.judge({"zero_gradient": 0.9}, 64, random=True)
+    got = verdict.judge({"noise_only": 0.9, "larger_is_harder": 0.5}, 64, random=True)
     assert got.verdict == "suspicious"
+    assert "attack the average" in got.reasons[0]
+    assert verdict.judge({}, 64, random=True).verdict == "suspicious"
+
+
+def test_a_little_noise_hides_no_zero_gradients() -> None:
+    quantised = Changed(small_nets.network("robust"), before=lambda x: (8 * x).round() / 8)
+    noisy = Changed(quantised, after=lambda z: z + 0.01 * torch.randn_like(z))
+    images, labels, index = small_nets.batch(64)
+    figures, points = verdict.probe(noisy, images, labels, index, epsilon=small_nets.EPSILON, norm="linf", key=1)
+    got = verdict.judge(figures, points, random=True)
+    assert got.verdict == "masked"
     assert "attack the average" in got.reasons[0]
 
 
@@ -98,10 +109,32 @@ def test_every_rule_counts(name: str) -> None:
     rule = verdict.RULES[name]
     calm = dict.fromkeys(verdict.RULES, 0.0)
     for value, word in ((rule.suspicious - 1e-6, "healthy"), (rule.suspicious, "suspicious"), (rule.masked, "masked")):
-        got = verdict.judge({**calm, name: value}, 64)
+        got = verdict.judge({**calm, name: value}, 1000)
         assert got.verdict == word
         assert len(got.reasons) == (word != "healthy")
-    assert verdict.judge({}, 0).verdict == "healthy"
+
+
+def test_few_points_prove_nothing() -> None:
+    for points in (0, 1, 19):
+        got = verdict.judge({}, points)
+        assert got.verdict == "suspicious"
+        assert got.reasons == (f"too few correctly classified points to tell: {points}, at least 20 are needed",)
+    for broken, word in ((2, "healthy"), (3, "masked")):
+        assert verdict.judge({"noise_only": broken / 30}, 30).verdict == word
+    # of more points the same share is more of them
+    assert verdict.judge({"transfer_only": 0.03}, 64).verdict == "healthy"
+    assert verdict.judge({"transfer_only": 0.03}, 64, of={"transfer_only": 500}).verdict == "suspicious"
+    assert verdict.judge({"zero_gradient": 1.0}, 10).verdict == "masked"
+
+
+def test_slices_of_a_healthy_network_are_not_masked() -> None:
+    images, labels, index = small_nets.batch(96)
+    model = small_nets.network("robust")
+    for rows in torch.arange(96).split(12):
+        figures, points = verdict.probe(
+            model, images[rows], labels[rows], index[rows], epsilon=small_nets.EPSILON, norm="linf", key=1
+        )
+        assert verdict.judge(figures, points).verdict != "masked"
 
 
 def test_leaves_the_model_as_it_was() -> None:

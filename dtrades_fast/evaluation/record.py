@@ -302,14 +302,16 @@ def _verdict(
     images, labels, ids = engine.images.images(rows), engine.images.labels[rows], engine.images.ids[rows]
     network = engine.model.network
     figures, points = verdict.probe(network, images, labels, ids, epsilon=epsilon, norm=settings.norm, key=engine.key)
-    right = max(int(judge.natural.sum()), 1)
+    right, of = max(int(judge.natural.sum()), 1), {}
     stages = results.get("autoattack", {}).get("stages")
     if stages and figures:
         lost = round((stages["fab-t"]["ra"] - stages["square"]["ra"]) * len(judge.natural))
-        figures["score_only"] = max(figures["score_only"], lost / right)
+        if lost / right > figures["score_only"]:
+            figures["score_only"], of["score_only"] = lost / right, right
     if transfers:
         figures["transfer_only"] = len(_transferred(judge.natural, results, transfers)) / right
-    return verdict.judge(figures, points, random=found.has("random"))
+        of["transfer_only"] = right
+    return verdict.judge(figures, points, of=of, random=found.has("random"))
 
 
 def _transferred(

@@ -32,6 +32,10 @@ Norm = Literal["linf", "l2"]
 PROBE_STEPS = 30  #: of APGD
 PROBE_QUERIES = 200  #: of Square
 NOISE_DRAWS = 20
+#: A share counts from that many points on: one or two of a few dozen are no sign of anything.
+LEAST = 3
+#: Points that must have been looked at before a network is called healthy: fewer would miss most signs.
+ENOUGH = 20
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Verdict:
 
     Attributes:
         verdict: the word.
-        reasons: a sentence per sign, strongest first; none if healthy.
+        reasons: a sentence per sign, the strongest first; none if healthy.
         figures: shares of the points by the names of :data:`RULES`.
         points: correctly classified points that were looked at.
     """
@@ -84,21 +88,30 @@ class Verdict:
         return {**vars(self), "reasons": list(self.reasons), "figures": dict(self.figures)}
 
 
-def judge(figures: Mapping[str, float], points: int, *, random: bool = False) -> Verdict:
+def judge(
+    figures: Mapping[str, float], points: int, *, of: Mapping[str, int] | None = None, random: bool = False
+) -> Verdict:
     """The verdict that follows from figures by the names of :data:`RULES`; those not taken are left out.
 
     Args:
         figures: shares, 0 to 1.
-        points: how many points they were taken on.
-        random: whether the forward pass gives different logits each time. That alone is suspicious, and since most
-            figures mean little then, they make it no worse.
+        points: how many points they were taken on. A figure is a sign only if it is of :data:`LEAST` points or more,
+            and of fewer than :data:`ENOUGH` points none is healthy.
+        of: for some figures another number of points.
+        random: whether the forward pass gives different logits each time. That alone is suspicious. Of the figures
+            only gradients of exactly zero make it worse, since noise may be behind all others.
     """
-    proofs = [name for name, value in figures.items() if value >= RULES[name].masked]
-    signs = [name for name, value in figures.items() if RULES[name].suspicious <= value < RULES[name].masked]
+    sizes = of or {}
+    counted = [name for name, value in figures.items() if round(value * sizes.get(name, points)) >= LEAST]
+    proofs = [name for name in counted if figures[name] >= RULES[name].masked]
+    signs = [name for name in counted if RULES[name].suspicious <= figures[name] < RULES[name].masked]
     reasons = [f"{100 * figures[name]:.0f} % {RULES[name].means}" for name in (*proofs, *signs)]
     if random:
-        return Verdict("suspicious", (RANDOM, *reasons), dict(figures), points)
-    word: Literal["healthy", "suspicious", "masked"] = "masked" if proofs else "suspicious" if signs else "healthy"
+        reasons.insert(0, RANDOM)
+    if points < ENOUGH:
+        reasons.append(f"too few correctly classified points to tell: {points}, at least {ENOUGH} are needed")
+    masked = "zero_gradient" in proofs if random else bool(proofs)
+    word: Literal["healthy", "suspicious", "masked"] = "masked" if masked else "suspicious" if reasons else "healthy"
     return Verdict(word, tuple(reasons), dict(figures), points)
 
 
@@ -143,9 +156,7 @@ def probe(
         "larger_is_harder": max(share(full) - share(half), share(double) - share(full), 0.0),
         "whole_box": share(stands(PGD(whole, 40, norm=norm, stop_early=True))),
         "saturated": share(by_ce & ~standing),
-        "single_step": share(
-            stands(FGSM(epsilon) if norm == "linf" else PGD(epsilon, 1, epsilon, norm, start="clean")) & ~standing
-        ),
+        "single_step": share(stands(FGSM(epsilon, norm)) & ~standing),
     }
     rows = standing.nonzero().squeeze(1)
     if len(rows):
