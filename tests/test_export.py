@@ -113,13 +113,19 @@ def test_card_has_the_figures_of_these_weights_alone(run: RunFolder, tmp_path: P
         card = export(run, tmp_path)[1].read_text()
         for attack in ("fgsm", "pgd3"):
             ra = record["attacks"][attack]["ra"]
-            assert f"| {attack} | 0.1 | 9 test | {100 * record['na']:.2f} % | {100 * ra:.2f} % |" in card
+            assert (
+                f"| {attack} | Linf epsilon 0.1 | 9 test | fp32 | {100 * record['na']:.2f} % | {100 * ra:.2f} % |"
+                in card
+            )
         assert "pgd7" not in card
         assert "Not evaluated" not in card
-        assert f"Gradients at epsilon 0.1: {record['verdict']['verdict']}" in card
-        file.write_text(json.dumps({"evaluations": [{**record, "verdict": verdict}]}))
+        assert f"Gradients at Linf epsilon 0.1: {record['verdict']['verdict']}" in card
+        stored = [{**record, "verdict": verdict, "norm": "l2", "ignored": ["chance"]}, {**others, "schema": 1}]
+        file.write_text(json.dumps({"evaluations": stored}))
         card = export(run, tmp_path)[1].read_text()
-        assert "Gradients at epsilon 0.1: suspicious; 12 % of the points have no gradient." in card
+        assert "Gradients at L2 epsilon 0.1: suspicious; 12 % of the points have no gradient." in card
+        assert "Findings that were ignored: chance." in card
+        assert "pgd7" not in card
     finally:
         file.unlink()
 

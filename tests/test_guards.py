@@ -163,6 +163,12 @@ NETWORKS: dict[str, tuple[set[str], Callable[[], nn.Module]]] = {
     "a tuple": ({"shape"}, planted(lambda m, x: (m.network(x), x))),
     "classes as integers": ({"shape"}, planted(lambda m, x: F.one_hot(m.network(x).argmax(1), CLASSES))),
     "wrong channels": ({"forward"}, planted(lambda m, x: m.network(x.expand(-1, 3, -1, -1)))),
+    "softmax in half precision": (
+        {"probabilities"},
+        planted(lambda m, x: (9 * m.network(x)).half().softmax(1).float()),
+    ),
+    "softmax in bfloat16": ({"probabilities"}, planted(lambda m, x: m.network(x).bfloat16().softmax(1).float())),
+    "softmax, clipped": ({"probabilities"}, planted(lambda m, x: m.network(x).softmax(1).clamp(1e-4, 1))),
     "untrained": ({"chance"}, planted(lambda m, x: m.network(x.flip(-1).flip(-2)))),
     "no_grad": ({"not_differentiable"}, planted(without_gradient)),
     "inference_mode": ({"not_differentiable"}, planted(inference_mode)),
@@ -192,7 +198,12 @@ def found(model: nn.Module, images: Tensor | None = None, labels: Tensor | None 
     clean, true = batch()
     images, labels = clean if images is None else images, true if labels is None else labels
     options = {"epsilon": EPSILON, **options}
-    return guards.check(model, images, labels, ignore=guards.NAMES, **options)  # type: ignore[arg-type]
+    try:
+        return guards.check(model, images, labels, ignore=guards.NAMES, **options)  # type: ignore[arg-type]
+    except GuardError as error:
+        assert set(guards.FATAL) & {finding.name for finding in error.report.findings}
+        assert "ignore" not in str(error)  # there is no going on
+        return error.report
 
 
 def names(report: Report) -> set[str]:
@@ -306,6 +317,20 @@ def test_chance_is_a_matter_of_counts() -> None:
     hits = torch.distributions.Binomial(64, torch.tensor(0.1)).sample((20_000,))
     for correct in (12, 17):
         assert guards.at_chance(correct, 64, 10) == ((hits >= correct).double().mean().item() > guards.GUESSING)
+
+
+def test_as_many_names_as_logits() -> None:
+    assert found(network(), classes=CLASSES) == Report(())
+    for classes in (CLASSES - 1, CLASSES + 1):
+        report = found(network(), classes=classes)
+        assert names(report) == {"class_names"}
+        assert f"{classes} names for {CLASSES} logits" in report.findings[0].message
+
+
+def test_another_dtype_is_to_be_wrapped() -> None:
+    report = found(network().double())
+    assert names(report) == {"forward"}
+    assert "wrapped so that it takes these" in report.findings[0].message
 
 
 def test_several_findings_stand_in_one_message() -> None:

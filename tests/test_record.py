@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -369,3 +370,23 @@ def test_transfer_counts_only_what_white_boxes_leave() -> None:
     hidden = Quantised().eval()
     found = record_of(hidden, 64, attacks=("square",), surrogates={"open": twin}, player=Player(hidden, "hidden"))
     assert found["verdict"]["figures"]["transfer_only"] > 0.2
+
+
+def test_pictures_of_what_nothing_broke(full: dict[str, Any]) -> None:
+    """No radius broke a point; and curves of different balls are not drawn in one picture."""
+    calm = copy.deepcopy(full)
+    calm["minimum_norm"]["linf"]["per_point"] = [None] * full["points"]
+    assert evaluations.radius_curve({"calm": calm}, "linf").axes
+    other = {**full, "norm": "l2"}
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {}
+        for name, record in {"one": full, "two": other}.items():
+            runs[name] = RunFolder(Path(folder) / name)
+            runs[name].path.mkdir()
+            runs[name].evaluation.write_text(json.dumps({"evaluations": [record]}))
+        drawn = dict(evaluations.pictures(runs))
+    titles = {name: drawn[name].axes[0].get_title() for name in ("queries", "queries-2")}
+    assert titles == {
+        "queries": "Square, Linf epsilon 0.25: 32 points",
+        "queries-2": "Square, L2 epsilon 0.25: 32 points",
+    }

@@ -24,7 +24,7 @@ from dtrades_fast.config import option
 from dtrades_fast.data import ImageSet
 from dtrades_fast.evaluation import blackbox, metrics, report, suites
 from dtrades_fast.evaluation.engine import Progress
-from dtrades_fast.evaluation.record import SCHEMA, Settings, evaluate_model, flags
+from dtrades_fast.evaluation.record import SCHEMA, Settings, evaluate_model, flags, stored
 from dtrades_fast.evaluation.targets import Target, TrainedRun, find_run, load_run, load_target
 from dtrades_fast.models.normalize import Classifier
 from dtrades_fast.pixels import pixels
@@ -411,11 +411,9 @@ def write(path: Path, record: dict[str, Any]) -> None:
     Records of the same checkpoint but other weights, and of an older schema, are out of date and go. A record of the
     same points, threat and way of searching is merged with the new one, attack by attack.
     """
-    earlier = json.loads(path.read_text())["evaluations"] if path.is_file() else []
     kept = []
-    for other in earlier:
-        stale = other["checkpoint"] == record["checkpoint"] and other["weights_sha256"] != record["weights_sha256"]
-        if stale or other.get("schema") != SCHEMA:
+    for other in stored(path):
+        if other["checkpoint"] == record["checkpoint"] and other["weights_sha256"] != record["weights_sha256"]:
             continue
         if all(other[name] == record[name] for name in PLACE):
             record = merged(other, record)

@@ -19,6 +19,8 @@ import tyro
 
 from dtrades_fast import environment, models
 from dtrades_fast.config import option
+from dtrades_fast.evaluation.record import stored
+from dtrades_fast.evaluation.report import threat
 from dtrades_fast.evaluation.targets import Epoch, Target, find_run, load_target
 from dtrades_fast.training import checkpoint
 from dtrades_fast.training.run_folder import RunFolder
@@ -156,21 +158,22 @@ def _software(env: dict[str, Any]) -> str:
 
 def _figures(target: Target, folder: RunFolder) -> Iterator[str]:
     """What ``eval.json`` has on these very weights."""
-    file = folder.path / "eval.json"
-    evaluations = json.loads(file.read_text())["evaluations"] if file.is_file() else []
-    mine = [record for record in evaluations if record["weights_sha256"] == target.sha256]
+    mine = [record for record in stored(folder.evaluation) if record["weights_sha256"] == target.sha256]
     if not mine:
         yield f"Not evaluated yet: `dtrades-fast evaluate {folder.path}`, then export it again."
         return
     yield "Robust accuracies are upper bounds: a stronger attack may find more."
     yield ""
-    yield "| attack | epsilon | images | clean accuracy | robust accuracy |"
-    yield "|---|---|---|---|---|"
+    yield "| attack | threat | images | search | clean accuracy | robust accuracy |"
+    yield "|---|---|---|---|---|---|"
     for record in mine:
-        where = f"{record['epsilon']} | {record['points']:,} {record['split']} | {100 * record['na']:.2f} %"
+        images = f"{record['points']:,} {record['split']}"
+        where = f"{threat(record)} | {images} | {record['precision']} | {100 * record['na']:.2f} %"
         for attack, figures in record["attacks"].items():
             yield f"| {attack} | {where} | {100 * figures['ra']:.2f} % |"
     for record in mine:
-        if verdict := record.get("verdict"):
-            yield ""
-            yield f"Gradients at epsilon {record['epsilon']}: {'; '.join((verdict['verdict'], *verdict['reasons']))}."
+        verdict = record["verdict"]
+        yield ""
+        yield f"Gradients at {threat(record)}: {'; '.join((verdict['verdict'], *verdict['reasons']))}."
+        if record["ignored"]:
+            yield f"Findings that were ignored: {', '.join(record['ignored'])}."

@@ -34,6 +34,7 @@ NAMES: dict[str, str] = {
     "training": "modules are in train mode",
     "forward": "the network fails on the images",
     "shape": "the output is not [N, classes]",
+    "class_names": "there are more or fewer names of classes than logits",
     "not_finite": "logits or gradients are NaN or infinite",
     "probabilities": "the output is probabilities",
     "log_probabilities": "the output is log-probabilities",
@@ -47,12 +48,15 @@ NAMES: dict[str, str] = {
     "autograd_inside": "the forward pass computes gradients itself",
 }
 
+#: Findings after which nothing can be evaluated.
+FATAL = ("labels", "forward", "shape", "class_names")
 PASSES = 5  #: on the same images, to see whether they differ
 ROWS = 16  #: images in the checks that take several passes
 #: Largest distance of two passes' logits, each vector of length 1, that is put down to the order of additions.
 SAME = 1e-4
-#: How far probabilities may be from a sum of 1.
-SUM = 1e-5
+#: How far probabilities of low precision, or clipped ones, may be from [0, 1] and from a sum of 1; no trained network's
+#: logits are as near to it on all of a few dozen images. And how far the exponentials of log-probabilities.
+SUM, LOG_SUM = 1e-2, 1e-5
 #: Above this probability, so many correct predictions or more are what guessing gives.
 GUESSING = 0.01
 #: Share of the images that predictions agree on with the labels after a renaming of classes, to call them renamed.
@@ -95,15 +99,9 @@ class GuardError(ValueError):
         self.report = report
         names = dict.fromkeys(finding.name for finding in report.findings if finding.severity == "error")
         lines = [f"  {finding.severity}: {finding.name}: {finding.message}" for finding in report.findings]
-        super().__init__(
-            "\n".join(
-                (
-                    "the figures of this evaluation would be wrong:",
-                    *lines,
-                    f"to go on regardless, ignore {', '.join(names)}: the record will say so",
-                )
-            )
-        )
+        if not set(names) & set(FATAL):
+            lines.append(f"to go on regardless, ignore {', '.join(names)}: the record will say so")
+        super().__init__("\n".join(("the figures of this evaluation would be wrong:", *lines)))
 
 
 def check(
@@ -114,6 +112,7 @@ def check(
     *,
     norm: Norm = "linf",
     ignore: Collection[str] = (),
+    classes: int | None = None,
 ) -> Report:
     """Look for what makes an evaluation's figures wrong, on a few of its images; 64 will do.
 
@@ -127,7 +126,8 @@ def check(
         labels: [N].
         epsilon: radius of the ball in pixel units.
         norm: of the ball.
-        ignore: names of findings that are no reason to stop, see :data:`NAMES`.
+        ignore: names of findings that are no reason to stop, see :data:`NAMES`; those of :data:`FATAL` always are.
+        classes: number of classes that there are names of.
 
     Returns:
         All findings: warnings, and errors that are ignored.
@@ -141,9 +141,10 @@ def check(
     findings = [*_check_images(images), *_check_labels(images, labels), *_check_epsilon(images, epsilon, norm)]
     if isinstance(images, Tensor) and images.dim() == 4 and len(images):
         proper = not any(finding.name in ("images", "labels") for finding in findings)
-        findings += _check_network(model, _pixels(images), labels if proper else None)
+        findings += _check_network(model, _pixels(images), labels if proper else None, classes)
     report = Report(tuple(findings))
-    if any(finding.severity == "error" and finding.name not in ignore for finding in findings):
+    ignored = set(ignore) - set(FATAL)
+    if any(finding.severity == "error" and finding.name not in ignored for finding in findings):
         raise GuardError(report)
     return report
 
@@ -260,11 +261,12 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
-def _check_network(model: Model, images: Tensor, labels: Tensor | None) -> Iterator[Finding]:
+def _check_network(model: Model, images: Tensor, labels: Tensor | None, classes: int | None) -> Iterator[Finding]:
     """Findings on a network in eval mode, which is left as it was.
 
     Args:
         labels: None if they cannot be compared with predictions.
+        classes: None if they have no names.
     """
     training = [name or "the network" for name, m in _modules(model) if m.training]
     if training:
@@ -278,7 +280,7 @@ def _check_network(model: Model, images: Tensor, labels: Tensor | None) -> Itera
     devices = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices), frozen(model):
         try:
-            yield from _check_passes(model, images, labels, state)
+            yield from _check_passes(model, images, labels, classes, state)
         finally:
             state.restore()
 
@@ -287,7 +289,9 @@ def _modules(model: Model) -> list[tuple[str, nn.Module]]:
     return list(model.named_modules()) if isinstance(model, nn.Module) else []
 
 
-def _check_passes(model: Model, images: Tensor, labels: Tensor | None, state: _State) -> Iterator[Finding]:
+def _check_passes(
+    model: Model, images: Tensor, labels: Tensor | None, classes: int | None, state: _State
+) -> Iterator[Finding]:
     try:
         with torch.no_grad():
             logits = model(images.clone())
@@ -295,7 +299,8 @@ def _check_passes(model: Model, images: Tensor, labels: Tensor | None, state: _S
         yield _error(
             "forward",
             f"the network fails on images of shape {list(images.shape)} and {images.dtype} ({type(error).__name__}: "
-            f"{error}): give images of its size, channels, dtype and device",
+            f"{error}): give images of its size, channels and device; a network of another dtype is to be wrapped so "
+            "that it takes these and returns its logits as float32",
         )
         return
     if any(module.training for _, module in _modules(model)):
@@ -310,6 +315,12 @@ def _check_passes(model: Model, images: Tensor, labels: Tensor | None, state: _S
         )
     if wrong := _wrong_shape(logits, len(images)):
         yield _error("shape", wrong)
+        return
+    if classes is not None and classes != logits.shape[1]:
+        yield _error(
+            "class_names",
+            f"there are {classes} names for {logits.shape[1]} logits: give one name per logit, in their order",
+        )
         return
     logits = logits.detach()
     if not logits.isfinite().all():
@@ -352,7 +363,7 @@ def _check_logits(logits: Tensor) -> Iterator[Finding]:
             "each row lies in [0, 1] and sums to 1, so it is the output of a softmax: confident predictions then have "
             "vanishing gradients and attacks fail for no merit of the network; take the last softmax off",
         )
-    elif values.max() < SUM and (values.logsumexp(1).abs() < SUM).all():
+    elif values.max() < LOG_SUM and (values.logsumexp(1).abs() < LOG_SUM).all():
         yield _warning(
             "log_probabilities",
             "each row's exponentials sum to 1, so it is the output of a log-softmax: cross-entropy and margins of it "

@@ -6,8 +6,10 @@ The fields of a record are documented in ``docs/evaluation.md``.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,7 +22,7 @@ from dtrades_fast.evaluation import blackbox, guards, metrics, minimum_norm, sui
 from dtrades_fast.evaluation.engine import Cost, Engine, Progress
 from dtrades_fast.pixels import pixels
 
-__all__ = ["SCHEMA", "Settings", "evaluate_model", "flags"]
+__all__ = ["SCHEMA", "Settings", "evaluate_model", "flags", "stored"]
 
 SCHEMA = 2  #: version of what a record holds
 #: Correctly classified points that the verdict's probes look at, and images that the guard rails look at.
@@ -97,7 +99,13 @@ def evaluate_model(
     attacks = {name: _make(name, epsilon, len(classes), settings) for name in settings.attacks}
     few = torch.linspace(0, len(images) - 1, min(len(images), GUARDED)).long().to(images.labels.device)
     found = guards.check(
-        model, images.images(few), images.labels[few], epsilon, norm=settings.norm, ignore=(*ignore, *JUDGED)
+        model,
+        images.images(few),
+        images.labels[few],
+        epsilon,
+        norm=settings.norm,
+        ignore=(*ignore, *JUDGED),
+        classes=len(classes),
     )
     for finding in found.findings:
         report(f"{finding.severity}: {finding.message}")
@@ -327,6 +335,13 @@ def _transferred(
             side = white if source == TARGET else black
             side &= flags(by_target[0])
     return (white & ~black).nonzero().squeeze(1).tolist()
+
+
+def stored(file: Path) -> list[dict[str, Any]]:
+    """The records of an ``eval.json`` that this version understands; none if there is no such file."""
+    if not file.is_file():
+        return []
+    return [record for record in json.loads(file.read_text())["evaluations"] if record.get("schema") == SCHEMA]
 
 
 def flag_string(standing: Tensor) -> str:

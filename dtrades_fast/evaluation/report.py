@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-__all__ = ["class_table", "markdown", "table"]
+__all__ = ["class_table", "markdown", "table", "threat"]
 
 
 def percent(share: float | None) -> str:
@@ -23,11 +23,16 @@ def count(number: int) -> str:
     return str(number)
 
 
+def threat(record: Mapping[str, Any]) -> str:
+    """The ball in words, e.g. ``Linf epsilon 8/255``."""
+    return f"{'L2' if record['norm'] == 'l2' else 'Linf'} epsilon {record['epsilon']}"
+
+
 def table(records: Sequence[dict[str, Any]]) -> Table:
     """A row per network and attack, in percent; narrow enough for a terminal of 80 characters."""
-    epsilons = list(dict.fromkeys(record["epsilon"] for record in records))
+    threats = list(dict.fromkeys(threat(record) for record in records))
     counts = dict.fromkeys(f"{r['points']:,} {r['split']} images of {r['dataset']}" for r in records)
-    title = f"Accuracy in %, epsilon {', '.join(epsilons)}; {', '.join(counts)}"
+    title = f"Accuracy in %, {', '.join(threats)}; {', '.join(counts)}"
     view = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     view.add_column("run", overflow="fold", min_width=12)
     for name in ("weights", "NA", "attack", "RA", "RD", "ASR\nall", "ASR\ncorrect", "worst\nclass", "spread"):
@@ -35,7 +40,7 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
     for record in records:
         head = (record["run"], record["checkpoint"], percent(record["na"]))
         for name, figures in record["attacks"].items():
-            attack = name if len(epsilons) == 1 else f"{name} {record['epsilon']}"
+            attack = name if len(threats) == 1 else f"{name} {threat(record).replace(' epsilon', '')}"
             shares = [percent(figures[share]) for share in ("ra", "rd", "asr_all", "asr_correct")]
             worst = f"{figures['worst_class']}: {percent(figures['worst_class_ra'])}"
             view.add_row(*head, attack, *shares, worst, percent(figures["spread"]))
@@ -48,7 +53,7 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
 
 def class_table(record: dict[str, Any]) -> Table:
     """NA and RA of each class of one network, in percent."""
-    title = f"Classes of {record['run']}, accuracy in %, epsilon {record['epsilon']}"
+    title = f"Classes of {record['run']}, accuracy in %, {threat(record)}"
     view = Table(title=title, box=box.SIMPLE_HEAD)
     view.add_column("class")
     columns = [record["per_class"], *(figures["per_class"] for figures in record["attacks"].values())]
@@ -113,6 +118,6 @@ def markdown(record: dict[str, Any]) -> str:
     columns = {"run": record["run"], "NA": percent(record["na"])}
     columns |= {f"RA {name}": percent(figures["ra"]) for name, figures in record["attacks"].items()}
     columns |= {f"APN {norm}": f"{found['apn']['mean']:.4f}" for norm, found in record["minimum_norm"].items()}
-    columns |= {"epsilon": record["epsilon"], "points": str(record["points"]), "verdict": record["verdict"]["verdict"]}
+    columns |= {"threat": threat(record), "points": str(record["points"]), "verdict": record["verdict"]["verdict"]}
     rows = (list(columns), ["---"] * len(columns), list(columns.values()))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from matplotlib.figure import Figure
 
 from dtrades_fast.evaluation.blackbox import QueryCurve, Transfer
-from dtrades_fast.evaluation.record import SCHEMA, flags
+from dtrades_fast.evaluation.record import flags, stored
+from dtrades_fast.evaluation.report import threat
 from dtrades_fast.pixels import pixels
 from dtrades_fast.plot.robustness import robust_accuracy_curve
 from dtrades_fast.plot.transfer import query_curves, transfer_matrix
@@ -21,28 +21,20 @@ __all__ = ["pictures"]
 
 def pictures(runs: Mapping[str, RunFolder]) -> Iterator[tuple[str, Figure]]:
     """What can be drawn of the runs' last evaluations that have it, by file name."""
-    records = {name: read(run) for name, run in runs.items()}
+    records = {name: stored(run.evaluation) for name, run in runs.items()}
     for norm in ("linf", "l2"):
         found = {name: last(of, "minimum_norm", norm) for name, of in records.items()}
         if curves := {name: record for name, record in found.items() if record}:
             yield f"minimum-norm-{norm}", radius_curve(curves, norm)
     squares = {name: last(of, "attacks", "square") for name, of in records.items()}
-    if squares := {name: record for name, record in squares.items() if record}:
-        yield "queries", query_curve(squares)
+    for number, ball in enumerate(dict.fromkeys(threat(record) for record in squares.values() if record)):
+        same = {name: record for name, record in squares.items() if record and threat(record) == ball}
+        yield f"queries-{number + 1}" if number else "queries", query_curve(same)
     for name, of in records.items():
         for attack in ("mifgsm", "pgd20"):
             if record := last(of, "transfer", attack):
                 file = f"transfer-{attack}" if len(runs) == 1 else f"transfer-{attack}-{name.replace('/', '-')}"
                 yield file, transfer_matrix(stored_transfer(record["transfer"][attack], name), title(attack, record))
-
-
-def read(run: RunFolder) -> list[dict[str, Any]]:
-    """The run's evaluations that this version understands."""
-    if not run.evaluation.is_file():
-        return []
-    return [
-        record for record in json.loads(run.evaluation.read_text())["evaluations"] if record.get("schema") == SCHEMA
-    ]
 
 
 def last(records: list[dict[str, Any]], part: str, name: str) -> dict[str, Any] | None:
@@ -51,7 +43,7 @@ def last(records: list[dict[str, Any]], part: str, name: str) -> dict[str, Any] 
 
 
 def title(attack: str, record: Mapping[str, Any]) -> str:
-    return f"{attack}, epsilon {record['epsilon']}"
+    return f"{attack}, {threat(record)}"
 
 
 def radius_curve(records: Mapping[str, dict[str, Any]], norm: Any) -> Figure:
@@ -59,7 +51,7 @@ def radius_curve(records: Mapping[str, dict[str, Any]], norm: Any) -> Figure:
     for name, record in records.items():
         found = [torch.inf if value is None else value for value in record["minimum_norm"][norm]["per_point"]]
         norms[name] = torch.tensor(found, dtype=torch.float64)
-        largest = max(largest, *(value for value in found if value < torch.inf))
+        largest = max([largest, *(value for value in found if value < torch.inf)])
     same = {record["epsilon"] for record in records.values() if record["norm"] == norm}
     epsilon = pixels(same.pop()) if len(same) == 1 else None
     return robust_accuracy_curve(norms, norm=norm, cap=1.05 * largest or 1.0, epsilon=epsilon)
