@@ -165,7 +165,7 @@ NETWORKS: dict[str, tuple[set[str], Callable[[], nn.Module]]] = {
     "wrong channels": ({"forward"}, planted(lambda m, x: m.network(x.expand(-1, 3, -1, -1)))),
     "softmax in half precision": (
         {"probabilities"},
-        planted(lambda m, x: (9 * m.network(x)).half().softmax(1).float()),
+        planted(lambda m, x: m.network(x).half().softmax(1).float()),
     ),
     "softmax in bfloat16": ({"probabilities"}, planted(lambda m, x: m.network(x).bfloat16().softmax(1).float())),
     "softmax, clipped": ({"probabilities"}, planted(lambda m, x: m.network(x).softmax(1).clamp(1e-4, 1))),
@@ -201,8 +201,9 @@ def found(model: nn.Module, images: Tensor | None = None, labels: Tensor | None 
     try:
         return guards.check(model, images, labels, ignore=guards.NAMES, **options)  # type: ignore[arg-type]
     except GuardError as error:
-        assert set(guards.FATAL) & {finding.name for finding in error.report.findings}
-        assert "ignore" not in str(error)  # there is no going on
+        fatal = {finding.name for finding in error.report.findings} & set(guards.FATAL)
+        if not fatal or "ignore" in str(error):  # there is no going on
+            raise
         return error.report
 
 

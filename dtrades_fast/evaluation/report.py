@@ -31,6 +31,7 @@ def threat(record: Mapping[str, Any]) -> str:
 def table(records: Sequence[dict[str, Any]]) -> Table:
     """A row per network and attack, in percent; narrow enough for a terminal of 80 characters."""
     threats = list(dict.fromkeys(threat(record) for record in records))
+    norms = {record["norm"] for record in records}
     counts = dict.fromkeys(f"{r['points']:,} {r['split']} images of {r['dataset']}" for r in records)
     title = f"Accuracy in %, {', '.join(threats)}; {', '.join(counts)}"
     view = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -40,7 +41,8 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
     for record in records:
         head = (record["run"], record["checkpoint"], percent(record["na"]))
         for name, figures in record["attacks"].items():
-            attack = name if len(threats) == 1 else f"{name} {threat(record).replace(' epsilon', '')}"
+            ball = threat(record).replace(" epsilon", "") if len(norms) > 1 else record["epsilon"]
+            attack = name if len(threats) == 1 else f"{name} {ball}"
             shares = [percent(figures[share]) for share in ("ra", "rd", "asr_all", "asr_correct")]
             worst = f"{figures['worst_class']}: {percent(figures['worst_class_ra'])}"
             view.add_row(*head, attack, *shares, worst, percent(figures["spread"]))
