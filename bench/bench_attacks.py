@@ -7,6 +7,9 @@ points, with the same threads. A robust accuracy counts only images that the net
 in the ball. PGD is short and runs in several turns, of which the median counts. What is done is kept in
 ``--state`` and not done again, so that a long comparison may be killed and started once more.
 
+``pgdK`` starts at random, and ours also counts what it finds on its way. ``pgdK-clean`` starts at the image and counts
+the last step alone, so that all libraries should do the same.
+
 Providers: ``ours``, ``ours-seed1`` (another seed), ``ours-bf16`` (searched in bfloat16), ``official`` and
 ``official-seed1`` (pyautoattack), ``torchattacks``, ``foolbox``; those that are not installed, or do not have the
 attack, are left out.
@@ -34,10 +37,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dtrades_fast import rng
+from dtrades_fast.attacks import PGD, Attack
 from dtrades_fast.data import ImageSet
 from dtrades_fast.evaluation import suites
 from dtrades_fast.evaluation.engine import BALL_TOLERANCE, Engine
-from dtrades_fast.evaluation.evaluate import find_run, load_run
+from dtrades_fast.evaluation.evaluate import FILE_WIDTH, find_run, load_run
 from dtrades_fast.pixels import pixels
 from dtrades_fast.training.checkpoint import write_text
 
@@ -117,9 +121,13 @@ def engine_run(
     key, official = rng.key(seed, "evaluation"), provider == "official"
     precision: Literal["bf16", "fp32"] = "bf16" if provider == "ours-bf16" else "fp32"
     engine = Engine(model, points, key=key, batch_size=options.batch_size, fast=not official, precision=precision)
-    attack = suites.make_attack(options.attacks[0], epsilon, official=official)
+    name = options.attacks[0]
+    if name.endswith("-clean"):
+        attack: Attack = PGD(epsilon, steps_of(name), start="clean")
+    else:
+        attack = suites.make_attack(name, epsilon, official=official)
     every = torch.ones(len(points), dtype=torch.bool)
-    outcome = engine.attack(options.attacks[0], attack, every)
+    outcome = engine.attack(name, attack, every)
     return {
         "standing": outcome.standing,
         "stages": outcome.stages,
@@ -142,13 +150,21 @@ def library_run(model: nn.Module, points: ImageSet, batch_size: int, epsilon: fl
     return {"standing": torch.cat(standing)}
 
 
+def steps_of(attack: str) -> int:
+    """Of ``pgdK`` and ``pgdK-clean``."""
+    return int(attack.removeprefix("pgd").removesuffix("-clean"))
+
+
 def with_torchattacks(attack: str, epsilon: float) -> Craft:
     import torchattacks
 
     def craft(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         if attack == "fgsm":
             return torchattacks.FGSM(model, eps=epsilon)(images, labels)
-        return torchattacks.PGD(model, eps=epsilon, alpha=epsilon / 4, steps=int(attack[3:]))(images, labels)
+        pgd = torchattacks.PGD(
+            model, eps=epsilon, alpha=epsilon / 4, steps=steps_of(attack), random_start=not attack.endswith("-clean")
+        )
+        return pgd(images, labels)
 
     return craft
 
@@ -161,7 +177,9 @@ def with_foolbox(attack: str, epsilon: float) -> Craft:
         kind = (
             foolbox.attacks.LinfFastGradientAttack(random_start=False)
             if attack == "fgsm"
-            else foolbox.attacks.LinfPGD(abs_stepsize=epsilon / 4, steps=int(attack[3:]))
+            else foolbox.attacks.LinfPGD(
+                abs_stepsize=epsilon / 4, steps=steps_of(attack), random_start=not attack.endswith("-clean")
+            )
         )
         return kind(wrapped, images, labels, epsilons=epsilon)[1]
 
@@ -262,7 +280,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="trained runs: folders, or names in --runs-dir")
     parser.add_argument("--points", type=int, default=500, help="test images, the same share of each class")
-    parser.add_argument("--attacks", type=lambda text: text.split(","), default=["fgsm", "pgd20", "autoattack"])
+    parser.add_argument(
+        "--attacks", type=lambda text: text.split(","), default=["fgsm", "pgd20", "pgd20-clean", "autoattack"]
+    )
     parser.add_argument("--providers", type=some_of("provider", PROVIDERS), default=list(PROVIDERS))
     parser.add_argument("--turns", type=int, default=3, help="of the short attacks")
     parser.add_argument("--threads", type=int, default=1)
@@ -282,6 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(child(options)))
         return 0
     console = Console()
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
     how = {name: getattr(options, name) for name in ("checkpoint", "points", "batch_size", "threads")}
     state = json.loads(options.state.read_text()) if options.state.is_file() else {"how": how, "results": {}}
     if state["how"] != how:

@@ -115,7 +115,15 @@ def test_bench_attacks(tmp_path):
     images = tiny_run.images(tmp_path / "images")
     run, _ = tiny_run.run(images, tmp_path / "runs", "--epochs", "1", "--run", "tiny")
     state = tmp_path / "state.json"
-    command = [sys.executable, str(BENCH / "bench_attacks.py"), str(run.path), "--attacks", "fgsm,pgd2", "--turns", "1"]
+    command = [
+        sys.executable,
+        str(BENCH / "bench_attacks.py"),
+        str(run.path),
+        "--attacks",
+        "fgsm,pgd2-clean",
+        "--turns",
+        "1",
+    ]
     command += ["--providers", "ours,ours-seed1", "--points", "9", "--state", str(state), "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -123,7 +131,7 @@ def test_bench_attacks(tmp_path):
     with (tmp_path / "attacks.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["attack"], row["provider"]) for row in rows] == [
-        (attack, provider) for attack in ("fgsm", "pgd2") for provider in ("ours", "ours-seed1")
+        (attack, provider) for attack in ("fgsm", "pgd2-clean") for provider in ("ours", "ours-seed1")
     ]
     assert all(float(row["ra"]) == pytest.approx(int(row["standing"]) / 9, rel=1e-3) for row in rows)
     assert rows[0]["ra"] == rows[1]["ra"]  # nothing is random in FGSM
