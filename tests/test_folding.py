@@ -125,7 +125,31 @@ class Hidden(nn.Module):
         return self.conv(StraightThrough.apply(3 * x)).flatten(1)  # type: ignore[no-untyped-call]
 
 
-@pytest.mark.parametrize("model", [Depends(), Noisy(), Hidden()], ids=lambda m: type(m).__name__)
+class Purifying(nn.Module):
+    """Computes a gradient itself, in a context that a trace loses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 10, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.conv(z).sum(), z)
+        return self.conv(x + 0.1 * gradient.sign()).flatten(1)
+
+
+class Detached(nn.Module):
+    """Has no gradient to its images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return x.flatten(1)
+
+
+@pytest.mark.parametrize(
+    "model", [Depends(), Noisy(), Hidden(), Purifying(), Detached()], ids=lambda m: type(m).__name__
+)
 def test_no_view_that_computes_something_else(model: nn.Module) -> None:
     view = fold(model.eval(), images().float())
     if view is not None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
+import small_nets
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -355,6 +357,24 @@ def test_ignored_findings_stay_in_the_report() -> None:
     assert not report.has("training")
     with pytest.raises(ValueError, match="no finding 'noise'; known are images, labels"):
         guards.check(model, images, labels, EPSILON, ignore=["noise"])
+
+
+@pytest.mark.parametrize("name", ["a tuple", "wrong channels", "no_grad", "failing backward"])
+def test_no_offer_to_go_on_where_nothing_can_be_evaluated(name: str) -> None:
+    with pytest.raises(GuardError) as caught:
+        guards.check(NETWORKS[name][1](), *batch(), EPSILON, ignore=guards.NAMES)
+    assert "to go on regardless" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["standard", "robust", "masked"])
+@pytest.mark.parametrize("count", [1, 64])
+def test_logits_of_trained_networks_are_no_probabilities(kind: Literal["standard", "robust", "masked"], count: int):
+    images, labels, _ = small_nets.batch(count)
+    model = small_nets.network(kind)
+    assert guards.check(model, images, labels, EPSILON, classes=10) == Report(())
+    assert guards.check(lambda x: model(x).softmax(1), images, labels, EPSILON, ignore=guards.NAMES).has(
+        "probabilities"
+    )
 
 
 @pytest.mark.parametrize("name", ["a counter", "weights that adapt", "train mode from inside", "noise", "backward"])

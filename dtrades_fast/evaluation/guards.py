@@ -49,7 +49,7 @@ NAMES: dict[str, str] = {
 }
 
 #: Findings after which nothing can be evaluated.
-FATAL = ("labels", "forward", "shape", "class_names")
+FATAL = ("labels", "forward", "shape", "class_names", "not_differentiable")
 PASSES = 5  #: on the same images, to see whether they differ
 ROWS = 16  #: images in the checks that take several passes
 #: Largest distance of two passes' logits, each vector of length 1, that is put down to the order of additions.

@@ -93,7 +93,8 @@ def minimum_norm_table(record: dict[str, Any]) -> Table:
 
 def transfer_table(record: dict[str, Any]) -> Table:
     """RA of one network under images made on others, in percent."""
-    view = Table(title=f"Images made on other networks, RA of {record['run']} in %", box=box.SIMPLE_HEAD)
+    title = f"Images made on other networks, {threat(record)}, RA of {record['run']} in %"
+    view = Table(title=title, box=box.SIMPLE_HEAD)
     for name in ("made on", "the attacker has", *record["transfer"]):
         view.add_column(name, justify="right" if name in record["transfer"] else "left")
     first = next(iter(record["transfer"].values()))

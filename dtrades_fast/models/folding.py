@@ -134,19 +134,29 @@ def fold(model: nn.Module, images: Tensor) -> FoldedNetwork | None:
     """
     try:
         network = FoldedNetwork(model)
-    except RuntimeError:
+        return network if faithful(network, model, images) else None
+    except RuntimeError:  # of tracing, or of a network that computes gradients itself, which a trace loses
         return None
-    return network if faithful(network, model, images) else None
 
 
 def faithful(network: nn.Module, model: nn.Module, images: Tensor) -> bool:
-    """Whether two networks give the same logits and the same input gradients, within rounding."""
+    """Whether two networks give the same logits, with and without gradients, and the same input gradients, within
+    rounding."""
+    with torch.no_grad():
+        if not close(network(images), model(images)):
+            return False
     logits, gradients = zip(*(_logits_and_gradient(m, images) for m in (network, model)), strict=True)
-    if logits[0].shape != logits[1].shape:
+    if not close(*logits):
         return False
-    same = (logits[0] - logits[1]).abs().max() <= LOGIT_TOLERANCE * logits[1].abs().max()
     change = (gradients[0] - gradients[1]).norm() <= GRADIENT_TOLERANCE * gradients[1].norm()
-    return bool(same & change)
+    return bool(change)
+
+
+def close(logits: Tensor, expected: Tensor) -> bool:
+    """Whether these are the expected ones within rounding."""
+    if logits.shape != expected.shape:
+        return False
+    return bool((logits - expected).abs().max() <= LOGIT_TOLERANCE * expected.abs().max())
 
 
 def _logits_and_gradient(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
