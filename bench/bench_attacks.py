@@ -219,8 +219,8 @@ def measure(options: argparse.Namespace, run: str, attack: str, provider: str) -
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summary(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per run, attack and provider, with the median time of its turns."""
+def summary(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per run, attack and provider, in the order asked for, with the median time of its turns."""
     rows: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for name, figures in results.items():
         run, attack, provider, _ = name.split("|")
@@ -234,7 +234,10 @@ def summary(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             "seconds": statistics.median(turn["seconds"] for turn in turns),
             "peak_mib": statistics.median(turn["peak_mib"] for turn in turns),
         }
-        for (run, attack, provider), turns in rows.items()
+        for run in options.runs
+        for attack in options.attacks
+        for provider in options.providers
+        if (turns := rows.get((run, attack, provider)))
     ]
 
 
@@ -315,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results[name] = measure(options, run, attack, provider)
             write_text(options.state, json.dumps(state))
             console.print(f"{name}: RA {100 * results[name]['ra']:.1f} %, {results[name]['seconds']:.1f} s")
-    rows = summary(results)
+    rows = summary(results, options)
     write(options.output, rows, how)
     console.print(table(rows))
     for row in rows:
