@@ -14,8 +14,9 @@ import torch
 from test_apgd import ten_class_network
 from torch import Tensor, nn
 
-from dtrades_fast.attacks import APGD, FGSM, PGD
+from dtrades_fast.attacks import APGD, FGSM, PGD, Square
 from dtrades_fast.attacks.base import Attack, Model
+from dtrades_fast.attacks.survivors import Survivors
 from dtrades_fast.data import ImageSet
 from dtrades_fast.evaluation import metrics
 from dtrades_fast.evaluation.engine import Cost, Counted, Engine, Progress, allowed
@@ -132,6 +133,41 @@ def test_claims_of_another_network_are_refuted_and_searched_again() -> None:
     assert run.attack("far", Steps(0.001), natural).standing.all()
 
 
+@pytest.mark.parametrize(
+    "attack", [PGD(0.1, 10, stop_early=True), APGD(0.1, 10), Square(0.1, 60)], ids=lambda a: type(a).__name__
+)
+def test_searches_go_on_until_a_claim_holds(attack: Attack) -> None:
+    """On a form of a network that is fooled too early, attacks find what fools the network itself."""
+
+    class Form(nn.Module):
+        itself = staticmethod(Smooth())
+        early = Smooth(0.09)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.early(images)
+
+    class Alone(Form):
+        itself = None  # type: ignore[assignment]
+
+    x, labels = torch.full((8, 1, 4, 4), 0.42), torch.zeros(8, dtype=torch.int64)
+    found, early = attack(Form(), x, labels), attack(Alone(), x, labels)
+    assert (Smooth()(found).argmax(1) != labels).all()
+    assert (Form()(early).argmax(1) != labels).all()
+    assert not (Smooth()(early).argmax(1) != labels).all()
+
+
+class Smooth(nn.Module):
+    """Class 0 where the mean of the pixels is below a half or less, else class 1; class 2 never."""
+
+    def __init__(self, early: float = 0.0):
+        super().__init__()
+        self.early = early
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean = images.flatten(1).mean(1) + self.early
+        return torch.stack((0.5 - mean, mean - 0.5, torch.full_like(mean, -9.0)), 1)
+
+
 @dataclass(frozen=True)
 class Breaks(Attack):
     """Fools the model on samples by their index; of several parts, and counts what it is shown."""
@@ -217,12 +253,21 @@ def test_batch_size_does_not_matter() -> None:
     assert flags[0] == flags[1] == flags[2]
 
 
-def test_low_precision_is_checked_in_full() -> None:
-    """What a search in bfloat16 claims wrongly is searched again, so that the points that still stand do so in full."""
+def test_low_precision_is_checked_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a search in bfloat16 claims wrongly is searched on, so that the points that still stand do so in full."""
     model = small_nets.network("robust")
     images = small_nets.digits()[1].subset(torch.arange(96))
     attack = PGD(small_nets.EPSILON, 10, stop_early=True)
     standing, refuted = {}, {}
+    wrong_claims: list[int] = []
+    forget = Survivors._forget
+
+    def counting(self: Survivors) -> None:
+        before = int(self.found.sum())
+        forget(self)
+        wrong_claims.append(before - int(self.found.sum()))
+
+    monkeypatch.setattr(Survivors, "_forget", counting)
     for precision in ("fp32", "bf16"):
         run = Engine(model, images, key=7, batch_size=32, precision=precision)  # type: ignore[arg-type]
         natural = run.natural()
@@ -230,7 +275,8 @@ def test_low_precision_is_checked_in_full() -> None:
         standing[precision], refuted[precision] = got.standing, got.refuted
     assert run.how.endswith(", bf16")
     assert run.search.network.dtype == torch.bfloat16  # type: ignore[union-attr]
-    assert refuted["bf16"] > 0  # or this shows nothing
+    assert sum(wrong_claims) > 0  # or this shows nothing
+    assert refuted["bf16"] < sum(wrong_claims)
     assert int((standing["bf16"] & ~standing["fp32"]).sum()) <= 1
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dtrades_fast import rng
-from dtrades_fast.attacks.base import Attack, Model, gradient_and_logits, worst_of
+from dtrades_fast.attacks.base import Attack, Model, claims_hold, gradient_and_logits, worst_of
 from dtrades_fast.attacks.objectives import DLR, CrossEntropy, Objective, TargetedDLR, ranked_rival
 from dtrades_fast.attacks.survivors import COMPACT_EVERY, Survivors
 from dtrades_fast.ops import random_start
@@ -95,7 +95,7 @@ class APGD(Attack):
         """
         objective = self._objective(model, images, labels)
         ball = Ball(images, epsilon, self.norm)
-        survivors = Survivors(images)
+        survivors = Survivors(images, claims_hold(model, labels))
         with span("start"), torch.no_grad():
             key = rng.key(key, "apgd", self.start, self.target or 0)
             adv = ball.point(random_start(torch.zeros_like(images), index, self.norm, 1.0, key, -1.0, 1.0))

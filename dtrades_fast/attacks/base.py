@@ -77,6 +77,28 @@ def worst_of(
     return worst
 
 
+def claims_hold(model: Model, labels: Tensor, *, targeted: bool = False) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Says whether the network that ``model`` is a faster form of is fooled, too; None if it is none.
+
+    Args:
+        model: a form of a network has :attr:`itself`, which gives the network's own logits.
+        labels: [N], the whole batch's.
+        targeted: labels are classes to reach.
+
+    Returns:
+        A function of images [m, C, H, W] and their positions in the batch [m] that gives [m], bool.
+    """
+    itself: Model | None = getattr(model, "itself", None)
+    if itself is None:
+        return None
+
+    def holds(adv: Tensor, rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            return (itself(adv).argmax(1) == labels[rows]) == targeted
+
+    return holds
+
+
 def check_images(images: Tensor, labels: Tensor) -> None:
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dtrades_fast import rng
-from dtrades_fast.attacks.base import Attack, Model, gradient_and_logits, input_gradient
+from dtrades_fast.attacks.base import Attack, Model, claims_hold, gradient_and_logits, input_gradient
 from dtrades_fast.attacks.objectives import DLR, KL, CrossEntropy, Margin, Objective, Targeted
 from dtrades_fast.attacks.survivors import COMPACT_EVERY, Survivors
 from dtrades_fast.attacks.watch import Watch
@@ -137,7 +137,7 @@ class PGD(Attack):
     ) -> Tensor:
         """:meth:`ascend` on the samples that still stand; every few steps the host waits for their number."""
         step_size = self.epsilon / 4 if self.step_size is None else self.step_size
-        survivors = Survivors(images)
+        survivors = Survivors(images, claims_hold(model, labels, targeted=self.targeted))
         adv, clean = self._start(images, index, key), images
         for step in range(1, self.steps + 1):
             with span("attack step", step):

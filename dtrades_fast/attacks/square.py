@@ -6,14 +6,14 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dtrades_fast import rng
 from dtrades_fast.attacks.apgd import TINY, length
-from dtrades_fast.attacks.base import Attack, Model
+from dtrades_fast.attacks.base import Attack, Model, claims_hold
 from dtrades_fast.attacks.survivors import COMPACT_EVERY, Survivors
 from dtrades_fast.ops import random_start
 from dtrades_fast.profiling import span
@@ -100,7 +100,7 @@ class Square(Attack):
     @torch.no_grad()
     def _run(self, model: Model, images: Tensor, labels: Tensor, index: Tensor, key: int) -> tuple[Tensor, Tensor]:
         """One restart: images, and the query at which each fooled the model, 0 if none did, [N], int64."""
-        survivors = Survivors(images)
+        survivors = Survivors(images, claims_hold(model, labels))
         all_fell = torch.zeros_like(labels)
         with span("start"):
             search = (_Linf if self.norm == "linf" else _L2)(images, self.epsilon)
@@ -115,19 +115,21 @@ class Square(Attack):
             with span("query", query):
                 adv = search.propose(place)
                 margin, fooled = judge(model(adv), labels)
-                better = margin > best
+                better = ((margin > best) | (fooled & (best <= 0))) & (fell == 0)
                 search.keep(better)
                 best = torch.where(better, margin, best)
                 fell = fell.masked_fill(better & fooled, query)
             if query % COMPACT_EVERY == 0 and (fell > 0).any():
                 rows = survivors.rows
                 survivors.record(search.adv, fell > 0)
-                keep = cast(Tensor, survivors.drop())
+                keep = survivors.drop()
                 all_fell[rows] = fell
-                search.select(keep)
-                labels, index, best, fell = labels[keep], index[keep], best[keep], fell[keep]
-                if len(keep) == 0:
-                    break
+                if keep is not None:
+                    search.select(keep)
+                    labels, index, best, fell = labels[keep], index[keep], best[keep], fell[keep]
+                    if len(keep) == 0:
+                        break
+                fell = torch.zeros_like(fell)  # a claim that does not hold: a larger margin may
         survivors.record(search.adv, fell > 0)
         all_fell[survivors.rows] = fell
         return survivors.result(search.adv), all_fell
@@ -155,11 +157,10 @@ class Square(Attack):
 
 
 def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest wrong logit minus the label's, infinite where the prediction is wrong, and whether it is, [N] each."""
+    """Largest wrong logit minus the label's, and whether the prediction is wrong, [N] each."""
     own = labels[:, None]
     margin = logits.scatter(1, own, -torch.inf).amax(1) - logits.gather(1, own).squeeze(1)
-    fooled = logits.argmax(1) != labels
-    return margin.masked_fill_(fooled, torch.inf), fooled
+    return margin, logits.argmax(1) != labels
 
 
 class _Windows:

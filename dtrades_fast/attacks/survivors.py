@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,13 +18,19 @@ class Survivors:
 
     A search keeps its per-sample tensors, in the order of :attr:`rows`, and after each pass says what the model was
     fooled by (:meth:`record`). Every few steps it asks who is left (:meth:`drop`) and selects these from its tensors.
+    Where a search runs on another form of a network, its claims are checked then, and those that do not hold forgotten.
+
+    Args:
+        images: [N, C, H, W], the clean ones.
+        holds: of images and the positions in the batch that they belong to, says which claims hold, [m], bool.
 
     Attributes:
         rows: [n], int64, the batch's samples that the search still has.
         found: [n], bool, those that the model was fooled on.
     """
 
-    def __init__(self, images: Tensor):
+    def __init__(self, images: Tensor, holds: Callable[[Tensor, Tensor], Tensor] | None = None):
+        self._holds = holds
         self.rows = torch.arange(len(images), device=images.device)
         self.found = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         self._adv = images.detach().clone()
@@ -41,12 +49,23 @@ class Survivors:
 
     def drop(self) -> Tensor | None:
         """Positions in the search's tensors that it goes on with, [m], int64; None if these are all. The host waits."""
+        if self._holds is not None:
+            self._forget()
         keep = (~self.found).nonzero().squeeze(1)
         if len(keep) == len(self.rows):
             return None
         self._result[self.rows] = self._adv
         self.rows, self.found, self._adv = self.rows[keep], self.found[keep], self._adv[keep]
         return keep
+
+    def _forget(self) -> None:
+        """Take back the claims that do not hold."""
+        claims = self.found.nonzero().squeeze(1)
+        if self._holds is None or not len(claims):
+            return
+        wrong = claims[~self._holds(self._adv[claims], self.rows[claims])]
+        self.found[wrong] = False
+        self._adv[wrong] = self._result[self.rows[wrong]]  # the clean ones, as long as nothing is found
 
     def result(self, otherwise: Tensor | None = None) -> Tensor:
         """[N, C, H, W]: the images that fooled the model; where none did, ``otherwise`` [n, ...] or the clean ones."""

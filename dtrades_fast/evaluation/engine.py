@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrades_fast.attacks import Attack
-from dtrades_fast.attacks.base import frozen
+from dtrades_fast.attacks.base import Model, frozen
 from dtrades_fast.data import ImageSet
 from dtrades_fast.models.folding import fold
 from dtrades_fast.models.precision import HALF, Autocast
@@ -45,11 +45,12 @@ class Counted(nn.Module):
         network: it.
         forwards: images that went forward.
         backwards: images whose gradient came back.
+        itself: gives the logits of what the network is a faster form of; None if it is that itself.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, itself: Model | None = None):
         super().__init__()
-        self.network = network
+        self.network, self.itself = network, itself
         self.forwards = self.backwards = 0
         self.computes_in_half = getattr(network, "computes_in_half", False)
 
@@ -265,7 +266,7 @@ class Engine:
         if precision != "fp32":
             searched = Autocast(searched, str(images.labels.device), HALF[precision]).eval()
             self.how += f", {precision}"
-        self.search = self.model if searched is model else Counted(searched)
+        self.search = self.model if searched is model else Counted(searched, self._logits)
 
     def natural(self) -> Tensor:
         """Whether each image is classified correctly, [N], bool, on the host."""
@@ -358,8 +359,12 @@ class Engine:
 
     def _confirmed(self, adv: Tensor, images: Tensor, labels: Tensor, attack: Attack) -> Tensor:
         """Which images are allowed and fool the network itself, [n], bool."""
+        return (self._logits(adv).argmax(1) != labels) & allowed(adv, images, attack)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """The network's own."""
         with torch.no_grad(), frozen(self.model):
-            return (self.model(adv.contiguous()).argmax(1) != labels) & allowed(adv, images, attack)
+            return self.model(images.contiguous())
 
     def laid_out(self, images: Tensor) -> Tensor:
         """The images in the memory format that the search's network is fastest with."""
