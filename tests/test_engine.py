@@ -313,3 +313,29 @@ def test_what_is_made_once_is_the_same_after_a_kill(tmp_path: Path) -> None:
     assert fresh.once("thing", make) == {"number": 2}
     fresh.finish()
     assert not (tmp_path / "state").exists()
+
+
+class Overflows(nn.Module):
+    """The brightest pixel, through activations that float16 cannot hold above 0.65: all logits are NaN then."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = images[:, 0, :2, :2].flatten(1) * torch.ones(4, dtype=images.dtype)
+        huge = 2 * torch.nn.functional.linear(first, 5e4 * torch.eye(4))
+        small = 1e-5 * (huge - huge.mean(1, keepdim=True))
+        return small - small.mean(1, keepdim=True)
+
+
+def test_overflow_in_half_precision_is_no_robustness() -> None:
+    """Logits that are NaN say nothing, whatever the label; where images overflow from the start, fp32 searches."""
+    dark = torch.from_numpy(np.random.default_rng(0).integers(60, 160, (24, 1, 4, 4), dtype=np.uint8))
+    bright = dark + 80
+    for pixels, how in ((dark, ", fp16"), (bright, "fp32 since fp16 overflows")):
+        model = Overflows().eval()
+        images = ImageSet(pixels, model(pixels.float() / 255).argmax(1), torch.arange(24))
+        attack, stands = PGD(0.08, 10, stop_early=True), {}
+        for precision in ("fp32", "fp16"):
+            run = Engine(model, images, key=7, batch_size=24, precision=precision)  # type: ignore[arg-type]
+            stands[precision] = run.attack("pgd", attack, run.natural()).standing
+        assert run.how.endswith(how)
+        assert 0 < int(stands["fp32"].sum()) < 24
+        assert stands["fp16"].tolist() == stands["fp32"].tolist()

@@ -1,5 +1,7 @@
 """The network with BatchNorm folded: same logits and gradients, follows its network, leaves it alone."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -145,6 +147,30 @@ class Detached(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             return x.flatten(1)
+
+
+class ByKeyword(nn.Module):
+    """Calls its BatchNorm by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(input=self.conv(x)).flatten(1)
+
+
+def normed(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.Flatten())
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm, lambda layer: layer], ids=str)
+def test_weights_that_are_computed_anew_are_left_alone(norm: Callable[[nn.Module], nn.Module]) -> None:
+    for model in (normed(norm).eval(), ByKeyword().eval()):
+        x = images().float()
+        view = fold(model, x)
+        if view is not None:
+            torch.testing.assert_close(view(x), model(x), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

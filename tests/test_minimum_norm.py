@@ -513,3 +513,37 @@ def test_curve_shows_robust_accuracy() -> None:
     assert steps[0].get_ydata().tolist() == pytest.approx([80, 60, 20, 20, 20])
     assert steps[0].get_linestyle() != steps[1].get_linestyle()
     figure.canvas.draw()
+
+
+@pytest.mark.parametrize("nothing", [False, True], ids=["early", "nan"])
+def test_what_a_search_claims_wrongly_is_searched_again(nothing: bool) -> None:
+    """By a form of the network that sees class 1 too early, or that gives no numbers."""
+
+    class Model(nn.Module):
+        early = 0.0
+
+        def forward(self, images: Tensor) -> Tensor:
+            mean = images.flatten(1).mean(1) + self.early
+            return torch.stack((0.5 - mean, mean - 0.5), 1)
+
+    class Form(Model):
+        early = float("nan") if nothing else 0.03
+
+    images, labels, index = torch.full((4, 1, 2, 2), 0.4), torch.zeros(4, dtype=torch.int64), torch.arange(4)
+    direct, by_form = (
+        minimum_norm(
+            Model(),
+            images,
+            labels,
+            index,
+            norm="linf",
+            cap=1.0,
+            key=0,
+            batch_size=4,
+            attacks={"fmn": FMN("linf")},
+            search=search,
+        ).norms["fmn"]
+        for search in (None, Form())
+    )
+    assert (direct < 0.12).all()
+    assert by_form.equal(direct)

@@ -390,3 +390,16 @@ def test_pictures_of_what_nothing_broke(full: dict[str, Any]) -> None:
         "queries": "Square, Linf epsilon 0.25: 32 points",
         "queries-2": "Square, L2 epsilon 0.25: 32 points",
     }
+
+
+def test_lucky_draws_are_no_robustness() -> None:
+    """PGD on a network with noise does not end at the first pass that is fooled, which the next one would deny."""
+
+    class Noisy(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return small_nets.network("robust")(images + 0.2 * torch.randn_like(images))
+
+    torch.manual_seed(0)
+    attacks = record_of(Noisy().eval(), 96, attacks=("fgsm", "pgd20"), epsilon="0.2")["attacks"]
+    assert not attacks["pgd20"]["settings"]["stop_early"]
+    assert attacks["pgd20"]["ra"] <= attacks["fgsm"]["ra"] + 0.1

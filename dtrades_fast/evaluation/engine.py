@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dtrades_fast.attacks import Attack
 from dtrades_fast.attacks.base import Model, frozen
 from dtrades_fast.data import ImageSet
-from dtrades_fast.models.folding import fold
+from dtrades_fast.models.folding import fold, logits_and_gradients
 from dtrades_fast.models.precision import HALF, Autocast
 from dtrades_fast.training import checkpoint
 
@@ -264,8 +264,14 @@ class Engine:
         if folded is not None:
             self.how = f"BatchNorm folded ({folded.folded} of {folded.folded + folded.kept}), channels last"
         if precision != "fp32":
-            searched = Autocast(searched, str(images.labels.device), HALF[precision]).eval()
-            self.how += f", {precision}"
+            half = Autocast(searched, str(images.labels.device), HALF[precision]).eval()
+            few = self.laid_out(self.batch(torch.arange(min(8, len(images))))[0])
+            logits, gradients = logits_and_gradients(half, few)
+            if logits.isfinite().all() and gradients.isfinite().all():
+                searched = half
+                self.how += f", {precision}"
+            else:
+                self.how += f", fp32 since {precision} overflows"
         self.search = self.model if searched is model else Counted(searched, self._logits)
 
     def natural(self) -> Tensor:
@@ -348,7 +354,7 @@ class Engine:
         if self.search is self.model:
             return numbers
         with torch.no_grad(), frozen(self.search):
-            claimed = self.search(adv).argmax(1) != labels
+            claimed = fooled_or_lost(self.search(adv), labels)
         again = (claimed & ~broken).nonzero().squeeze(1)
         if len(again):
             images, labels = images[again], labels[again]
@@ -387,6 +393,11 @@ class Engine:
         cost.seconds = time.perf_counter() - begin
         cost.forwards = sum(n.forwards for n in networks) - forwards
         cost.backwards = sum(n.backwards for n in networks) - backwards
+
+
+def fooled_or_lost(logits: Tensor, labels: Tensor) -> Tensor:
+    """Where a search says that it has succeeded, or has nothing to say since its logits overflow, [N], bool."""
+    return (logits.argmax(1) != labels) | ~logits.isfinite().all(1)
 
 
 def allowed(adv: Tensor, images: Tensor, attack: Attack) -> Tensor:

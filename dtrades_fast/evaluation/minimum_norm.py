@@ -158,7 +158,8 @@ def _batch(
             if search is model:
                 continue
             with torch.no_grad():
-                claimed = search(adv).argmax(1) != labels[rows]
+                logits = search(adv)
+                claimed = (logits.argmax(1) != labels[rows]) | ~logits.isfinite().all(1)
             again = rows[claimed & found[name][rows].isinf()]
             if len(again):
                 adv = attack(model, images[again], labels[again], index=index[again], key=key)

@@ -62,8 +62,8 @@ def make_attack(
         return (OfficialAutoAttack if official else AutoAttack)(epsilon, norm, classes)
     if name == "apgd-ce":
         return APGD(epsilon, norm=norm)
-    if name in ("apgd-t", "fab-t") and classes < 4:
-        raise ValueError(f"{name} needs at least 4 classes, got {classes}: use apgd-ce, pgdK and square")
+    if name == "apgd-t" and classes < 4:
+        raise ValueError(f"apgd-t needs at least 4 classes, got {classes}: use apgd-ce, fab-t, pgdK and square")
     if name == "apgd-t":
         return APGD(epsilon, norm=norm, loss="dlr", targets=targets)
     if name == "fab-t":

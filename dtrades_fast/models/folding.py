@@ -89,9 +89,11 @@ def foldable_pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[fx.Node, fx.
     uses = Counter(node.target for node in calls)
     pairs = []
     for norm, module in calls.items():
-        layer = norm.args[0]
+        layer = norm.args[0] if norm.args else None
         if not isinstance(module, _BatchNorm) or not isinstance(layer, fx.Node) or layer not in calls:
             continue
+        if "weight" not in calls[layer]._parameters or calls[layer]._forward_pre_hooks or calls[layer]._forward_hooks:
+            continue  # a weight that is computed anew in each pass
         once = len(layer.users) == uses[layer.target] == uses[norm.target] == 1
         if once and type(calls[layer]) in (nn.Conv2d, nn.Linear) and module.running_mean is not None:
             pairs.append((layer, norm))
@@ -135,7 +137,7 @@ def fold(model: nn.Module, images: Tensor) -> FoldedNetwork | None:
     try:
         network = FoldedNetwork(model)
         return network if faithful(network, model, images) else None
-    except RuntimeError:  # of tracing, or of a network that computes gradients itself, which a trace loses
+    except Exception:  # of tracing, or of the network's own code; there is always the network itself
         return None
 
 
@@ -145,7 +147,7 @@ def faithful(network: nn.Module, model: nn.Module, images: Tensor) -> bool:
     with torch.no_grad():
         if not close(network(images), model(images)):
             return False
-    logits, gradients = zip(*(_logits_and_gradient(m, images) for m in (network, model)), strict=True)
+    logits, gradients = zip(*(logits_and_gradients(m, images) for m in (network, model)), strict=True)
     if not close(*logits):
         return False
     change = (gradients[0] - gradients[1]).norm() <= GRADIENT_TOLERANCE * gradients[1].norm()
@@ -159,7 +161,7 @@ def close(logits: Tensor, expected: Tensor) -> bool:
     return bool((logits - expected).abs().max() <= LOGIT_TOLERANCE * expected.abs().max())
 
 
-def _logits_and_gradient(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def logits_and_gradients(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Logits, and the gradient of the prediction's margin over the mean logit."""
     with torch.enable_grad():
         images = images.detach().clone().requires_grad_()
