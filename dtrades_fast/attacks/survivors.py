@@ -49,8 +49,7 @@ class Survivors:
 
     def drop(self) -> Tensor | None:
         """Positions in the search's tensors that it goes on with, [m], int64; None if these are all. The host waits."""
-        if self._holds is not None:
-            self._forget()
+        self._forget()
         keep = (~self.found).nonzero().squeeze(1)
         if len(keep) == len(self.rows):
             return None
@@ -60,8 +59,7 @@ class Survivors:
 
     def _forget(self) -> None:
         """Take back the claims that do not hold."""
-        claims = self.found.nonzero().squeeze(1)
-        if self._holds is None or not len(claims):
+        if self._holds is None or not len(claims := self.found.nonzero().squeeze(1)):
             return
         wrong = claims[~self._holds(self._adv[claims], self.rows[claims])]
         self.found[wrong] = False

@@ -257,7 +257,8 @@ class Engine:
         self.images, self.key, self.batch_size = images, key, batch_size
         self.progress = progress or Progress(None, {})
         self.model = Counted(model.eval())
-        folded = fold(model, self.batch(torch.arange(min(8, len(images))))[0]) if fast else None
+        few = self.batch(torch.arange(min(8, len(images))))[0]
+        folded = fold(model, few) if fast else None
         self.layout = torch.contiguous_format if folded is None else torch.channels_last
         searched: nn.Module = model if folded is None else folded.to(memory_format=torch.channels_last)
         self.how = "the network itself"
@@ -265,8 +266,7 @@ class Engine:
             self.how = f"BatchNorm folded ({folded.folded} of {folded.folded + folded.kept}), channels last"
         if precision != "fp32":
             half = Autocast(searched, str(images.labels.device), HALF[precision]).eval()
-            few = self.laid_out(self.batch(torch.arange(min(8, len(images))))[0])
-            logits, gradients = logits_and_gradients(half, few)
+            logits, gradients = logits_and_gradients(half, self.laid_out(few))
             if logits.isfinite().all() and gradients.isfinite().all():
                 searched = half
                 self.how += f", {precision}"

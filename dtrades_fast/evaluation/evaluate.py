@@ -140,9 +140,10 @@ def main(argv: Sequence[str], prog: str) -> int:
             console.width = FILE_WIDTH
         records, unfinished = [], []
         for name in options.runs:
-            record, progress = evaluate(load(name, options), options, console, state_folder(name, options))
+            file, state = places(name, options)
+            record, progress = evaluate(load(name, options), options, console, state)
             if rank == 0:
-                write(output(name, options), record)
+                write(file, record)
             records.append(record)
             unfinished.append(progress)
         for progress in unfinished:  # until then, an evaluation of several networks can be resumed
@@ -202,10 +203,13 @@ def _load(name: str, options: Options, **file: Any) -> Target:
     return load_target(name, **file, epoch=options.checkpoint, runs_dir=options.runs_dir, device=device_of(options))
 
 
-def output(name: str, options: Options) -> Path:
-    """Where the record goes: into the run's folder, or beside the file."""
+def places(name: str, options: Options) -> tuple[Path, Path]:
+    """Where the record goes, and where an unfinished evaluation is kept: in the run's folder, or beside the file."""
     path = Path(name).expanduser()
-    return path.with_name(path.name + ".eval.json") if path.is_file() else find_run(name, options.runs_dir).evaluation
+    if path.is_file():
+        return path.with_name(path.name + ".eval.json"), path.with_name(path.name + ".eval-state")
+    folder = find_run(name, options.runs_dir)
+    return folder.evaluation, folder.evaluation_state
 
 
 def evaluate(
@@ -355,14 +359,6 @@ def settings_of(target: Target, options: Options) -> Settings:
         batch_size=options.batch_size,
         precision=options.precision,
     )
-
-
-def state_folder(name: str, options: Options) -> Path:
-    """Where an unfinished evaluation is kept: in the run's folder, or beside the file."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path.with_name(path.name + ".eval-state")
-    return find_run(name, options.runs_dir).evaluation_state
 
 
 def player(target: Target) -> blackbox.Player:

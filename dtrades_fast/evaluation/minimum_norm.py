@@ -17,6 +17,7 @@ from dtrades_fast.attacks.bisection import Bisection
 from dtrades_fast.attacks.fab import FAB
 from dtrades_fast.attacks.fmn import FMN
 from dtrades_fast.attacks.nearest import size
+from dtrades_fast.evaluation.engine import fooled_or_lost
 
 __all__ = ["Figures", "MinimumNorms", "minimum_norm", "robust_accuracy"]
 
@@ -158,8 +159,7 @@ def _batch(
             if search is model:
                 continue
             with torch.no_grad():
-                logits = search(adv)
-                claimed = (logits.argmax(1) != labels[rows]) | ~logits.isfinite().all(1)
+                claimed = fooled_or_lost(search(adv), labels[rows])
             again = rows[claimed & found[name][rows].isinf()]
             if len(again):
                 adv = attack(model, images[again], labels[again], index=index[again], key=key)

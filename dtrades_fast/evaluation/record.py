@@ -324,15 +324,15 @@ def _verdict(
         if lost / right > figures["score_only"]:
             figures["score_only"], of["score_only"] = lost / right, right
     if transfers:
-        figures["transfer_only"] = len(_transferred(judge.natural, results, transfers)) / right
+        figures["transfer_only"] = _transferred(judge.natural, results, transfers) / right
         of["transfer_only"] = right
     return verdict.judge(figures, points, of=of, random=found.has("random"))
 
 
 def _transferred(
     natural: Tensor, results: Mapping[str, Mapping[str, Any]], transfers: Mapping[str, Mapping[str, Any]]
-) -> list[int]:
-    """Points that fall to images made on other networks, and to no attack that uses the network's own gradients."""
+) -> int:
+    """How many points fall to images made on other networks, and to no attack that uses the network's own gradients."""
     white, black = natural.clone(), natural.clone()
     for name, entry in results.items():
         if not name.startswith("square"):
@@ -341,7 +341,7 @@ def _transferred(
         for source, by_target in zip(entry["sources"], entry["standing"], strict=True):
             side = white if source == TARGET else black
             side &= flags(by_target[0])
-    return (white & ~black).nonzero().squeeze(1).tolist()
+    return int((white & ~black).sum())
 
 
 def stored(file: Path) -> list[dict[str, Any]]:
