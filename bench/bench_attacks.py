@@ -21,6 +21,7 @@ from harness import RESULTS, cpu_model, some_of  # isort: skip  # first: it make
 
 import argparse
 import csv
+import hashlib
 import importlib.util
 import json
 import statistics
@@ -39,6 +40,7 @@ from torch import Tensor, nn
 from dtrades_fast import rng
 from dtrades_fast.attacks import PGD, Attack
 from dtrades_fast.data import ImageSet
+from dtrades_fast.environment import git_commit
 from dtrades_fast.evaluation import suites
 from dtrades_fast.evaluation.engine import BALL_TOLERANCE, Engine
 from dtrades_fast.evaluation.evaluate import FILE_WIDTH, find_run, load_run
@@ -73,12 +75,12 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     folder = find_run(options.runs[0], options.runs_dir)
     run = load_run(folder, options.checkpoint, options.data_root, "cpu", options.points)
+    before = memory_mib("VmRSS", forget_peak=True)
     epsilon, images = pixels(run.config.stored()["epsilon"]), run.sets.test
     clean = Engine(run.model, images, key=0, batch_size=options.batch_size, fast=False)
     natural = clean.natural()
     points = images.subset(natural.nonzero().squeeze(1))
     provider, _, seed = options.child.partition("-seed")
-    before = memory_mib("VmRSS", forget_peak=True)
     begin = time.perf_counter()
     if provider.startswith(("ours", "official")):
         figures = engine_run(run.model, points, options, epsilon, provider, int(seed or 0))
@@ -307,10 +309,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = FILE_WIDTH
-    how = {name: getattr(options, name) for name in ("checkpoint", "points", "batch_size", "threads")}
+    how = conditions(options)
     state = json.loads(options.state.read_text()) if options.state.is_file() else {"how": how, "results": {}}
-    if state["how"] != how:
-        raise SystemExit(f"{options.state} was made with {state['how']}, not {how}: name another --state")
+    check_state(options.state, state["how"], how)
     results = state["results"]
     for run, attack, provider, turn in cases(options):
         name = f"{run}|{attack}|{provider}|{turn}"
@@ -337,6 +338,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def conditions(options: argparse.Namespace) -> dict[str, Any]:
+    """All that the figures depend on."""
+    weights = {run: find_run(run, options.runs_dir).weights_of(options.checkpoint) for run in options.runs}
+    return {
+        **{name: getattr(options, name) for name in ("checkpoint", "points", "batch_size", "threads")},
+        "processor": cpu_model(),
+        "torch": torch.__version__,
+        "commit": git_commit(),
+        "weights": {run: hashlib.sha256(file.read_bytes()).hexdigest() for run, file in weights.items()},
+    }
+
+
+def check_state(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """What is done must have been done like this; other runs may be added to it."""
+    then, now = dict(then), dict(now)
+    for run, weights in now.pop("weights").items():
+        if then.get("weights", {}).get(run, weights) != weights:
+            raise SystemExit(f"{path} has figures of other weights of {run}: name another --state")
+    then.pop("weights", None)
+    for name, value in now.items():
+        if then.get(name) != value:
+            raise SystemExit(f"{path} was made with {name} {then.get(name)}, not {value}: name another --state")
+
+
 def write(folder: Path, rows: list[dict[str, Any]], how: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "attacks.csv").open("w", newline="") as file:
@@ -351,7 +376,8 @@ def write(folder: Path, rows: list[dict[str, Any]], how: dict[str, Any]) -> None
         if (base := baseline(r, rows)) and r is not base
         for mine, theirs in [disagreements(r, base)]
     ]
-    about = {**how, "processor": cpu_model(), "torch": torch.__version__, "disagreements": apart}
+    weights = {Path(run).name: digest for run, digest in how["weights"].items()}
+    about = {**how, "weights": weights, "disagreements": apart}
     write_text(folder / "attacks.json", json.dumps(about, indent=1) + "\n")
 
 

@@ -16,7 +16,7 @@ from dtrades_fast.attacks.autoattack import AutoAttack
 from dtrades_fast.config import load
 from dtrades_fast.evaluation import evaluate, metrics, report
 from dtrades_fast.evaluation.evaluate import Options
-from dtrades_fast.evaluation.official import OfficialAutoAttack
+from dtrades_fast.evaluation.official import OfficialAutoAttack, OfficialStage
 from dtrades_fast.evaluation.suites import make_attack
 from dtrades_fast.training import checkpoint
 from dtrades_fast.training.run_folder import RunFolder
@@ -119,6 +119,12 @@ def test_attack_names() -> None:
     assert make_attack("autoattack", 0.1) == AutoAttack(0.1)
     assert make_attack("autoattack", 0.1, norm="l2", classes=5) == AutoAttack(0.1, "l2", 5)
     assert make_attack("autoattack", 0.1, official=True) == OfficialAutoAttack(0.1)
+    for part in ("apgd-ce", "apgd-t", "fab-t"):
+        assert make_attack(part, 0.1, norm="l2", official=True) == OfficialStage(part, 0.1, "l2")
+    assert make_attack("square", 0.1, official=True) == make_attack("square", 0.1)  # for its curve
+    assert not make_attack("pgd5", 0.1, stop_early=False).stop_early  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="the official fab-t goes for 9 wrong classes and the model has 5"):
+        make_attack("fab-t", 0.1, classes=5, official=True)
     assert make_attack("apgd-ce", 0.1) == APGD(0.1)
     assert make_attack("apgd-t", 0.1, classes=6) == APGD(0.1, loss="dlr", targets=5)
     assert make_attack("fab-t", 0.1, norm="l2") == FAB("l2", targets=9, epsilon=0.1)

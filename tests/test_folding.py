@@ -199,3 +199,23 @@ def test_faithful_looks_at_logits_and_gradients() -> None:
             return model(x.detach()) + 0 * x.sum()
 
     assert not faithful(Deaf(), model, x)
+
+
+def test_tracing_leaves_nothing_behind() -> None:
+    """Neither a tensor that the pass makes, nor a note that it takes."""
+
+    class Notes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.norm, self.seen = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), None
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.seen = images
+            return self.norm(self.convolution(images * torch.tensor(2.0))).mean((2, 3))
+
+    model = Notes().eval()
+    before = dict(vars(model))
+    network = FoldedNetwork(model)
+    assert vars(model) == before
+    images = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(network(images), model(images))

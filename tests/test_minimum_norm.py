@@ -410,18 +410,12 @@ def test_the_batch_size_does_not_matter() -> None:
 
 def test_nothing_is_claimed_that_the_model_itself_denies() -> None:
     model, (images, _) = ten_class_network(), batch(8)
-    labels = model(images).argmax(1)
-
-    def easier(x: Tensor) -> Tensor:  # fooled long before the model is
-        return model(images.mean(0) + 3 * (x - images.mean(0)))
 
     class Outside(Attack):
         def perturb(self, model: object, images: Tensor, labels: Tensor, index: Tensor, key: int) -> Tensor:
             return images + 5
 
-    denied = evaluate(model, images, labels, attacks={"weak": FMN(steps=2, step_size=1e-9)}, search=easier)
-    assert denied.norms["weak"].isinf().all()
-    outside = evaluate(model, images, (labels + 1) % 10, attacks={"outside": Outside()})
+    outside = evaluate(model, images, (model(images).argmax(1) + 1) % 10, attacks={"outside": Outside()})
     assert (outside.norms["outside"] == 0).all()  # wrong from the start, so not attacked
     outside = evaluate(
         lambda x: model(x * 0) + 9 * (x.mean((1, 2, 3)) > 2).float()[:, None] * torch.eye(10)[3],  # type: ignore[arg-type]
@@ -513,37 +507,3 @@ def test_curve_shows_robust_accuracy() -> None:
     assert steps[0].get_ydata().tolist() == pytest.approx([80, 60, 20, 20, 20])
     assert steps[0].get_linestyle() != steps[1].get_linestyle()
     figure.canvas.draw()
-
-
-@pytest.mark.parametrize("nothing", [False, True], ids=["early", "nan"])
-def test_what_a_search_claims_wrongly_is_searched_again(nothing: bool) -> None:
-    """By a form of the network that sees class 1 too early, or that gives no numbers."""
-
-    class Model(nn.Module):
-        early = 0.0
-
-        def forward(self, images: Tensor) -> Tensor:
-            mean = images.flatten(1).mean(1) + self.early
-            return torch.stack((0.5 - mean, mean - 0.5), 1)
-
-    class Form(Model):
-        early = float("nan") if nothing else 0.03
-
-    images, labels, index = torch.full((4, 1, 2, 2), 0.4), torch.zeros(4, dtype=torch.int64), torch.arange(4)
-    direct, by_form = (
-        minimum_norm(
-            Model(),
-            images,
-            labels,
-            index,
-            norm="linf",
-            cap=1.0,
-            key=0,
-            batch_size=4,
-            attacks={"fmn": FMN("linf")},
-            search=search,
-        ).norms["fmn"]
-        for search in (None, Form())
-    )
-    assert (direct < 0.12).all()
-    assert by_form.equal(direct)

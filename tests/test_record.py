@@ -154,22 +154,24 @@ def test_guard_rails_stop_it() -> None:
 
 def test_goes_on_to_the_same_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = small_nets.network("robust"), {"attacks": ("pgd5", "apgd-ce"), "batch_size": 8}
-    expected = stable(record_of(model, **given))
-    real, calls = Engine.found, [0]
+    real, done, killed_at = Progress.done, [0], [0]
 
-    def dies(self: Engine, *arguments: Any) -> Tensor:
-        calls[0] += 1
-        if calls[0] == 6:
+    def dies(self: Progress, *arguments: Any) -> None:
+        done[0] += 1
+        if done[0] == killed_at[0]:
             raise KeyboardInterrupt
-        return real(self, *arguments)
+        real(self, *arguments)
 
     monkeypatch.setattr("dtrades_fast.evaluation.engine.SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(Engine, "found", dies)
+    monkeypatch.setattr(Progress, "done", dies)
+    expected = stable(record_of(model, **given))
+    batches = done[0]
+    killed_at[0] = batches + batches // 2
     with pytest.raises(KeyboardInterrupt):
         record_of(model, progress=Progress(tmp_path / "state", {}), **given)
     again = Progress(tmp_path / "state", {}, resume=True)
     assert stable(record_of(model, progress=again, **given)) == expected
-    assert calls[0] < 6 + 8  # five batches had been done
+    assert done[0] == 2 * batches + 1  # only the batch that was lost is done twice
     again.finish()
     assert list(tmp_path.iterdir()) == []
 

@@ -142,7 +142,8 @@ class PGD(Attack):
         for step in range(1, self.steps + 1):
             with span("attack step", step):
                 gradient, logits = gradient_and_logits(model, adv, objective)
-                survivors.record(adv, self._fooled(logits, labels))
+                if step > 1 or self.start != "gaussian":  # whose start may lie outside of ball and box
+                    survivors.record(adv, self._fooled(logits, labels))
                 pgd_step_(adv, gradient, clean, step_size, self.epsilon, norm=self.norm)
             if step % COMPACT_EVERY == 0 and (keep := survivors.drop()) is not None:
                 if len(keep) == 0:

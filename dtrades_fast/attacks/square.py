@@ -42,7 +42,8 @@ class Square(Attack):
 
     Args:
         epsilon: radius of the ball in pixel units.
-        queries: forward passes per sample and restart, the first of which is for the start.
+        queries: forward passes per sample and restart, the first of which is for the start; AutoAttack's code does not
+            count that one.
         p_init: share of the pixels that the first squares cover, in (0, 1].
         norm: ``"linf"`` or ``"l2"``.
         restarts: independent starts, of which later ones see what still stands.

@@ -152,7 +152,7 @@ def transfer(
 
     def attacked(source: Player, images: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
         adv = attack(source.model, images, labels, index=ids, key=engine.key)
-        return judged(adv, labels, ~allowed(adv, images, attack))
+        return judged(adv, labels, ~allowed(adv, images, attack.epsilon, attack.norm))  # type: ignore[attr-defined]
 
     judges = list(targets.values())
     numbers = [engine.measure(f"{name}/clean", lambda images, labels, ids: judged(images, labels), every)]
@@ -216,17 +216,17 @@ def query_curve(engine: Engine, name: str, attack: Square, natural: Tensor) -> t
         natural: [N], bool: the points that are classified correctly.
 
     Returns:
-        The curve, and the number of points where a claim was refuted, see :meth:`Engine.found`.
+        The curve, and the number of points where a claim was refuted, see :meth:`Engine.find`.
     """
 
     def search(model: nn.Module, images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         with frozen(model):
             return attack.search(model, images, labels, ids, engine.key)
 
-    numbers = engine.measure(name, functools.partial(engine.found, search, attack), natural)
+    numbers, refuted = engine.find(name, search, natural, attack.epsilon, attack.norm)
     standing, budget = natural & numbers.isinf(), attack.queries * attack.restarts
-    queries = torch.where(natural & ~standing, numbers.abs(), torch.where(standing, budget, 0.0)).long()
-    return QueryCurve(queries, standing, budget), int((numbers < 0).sum())
+    queries = torch.where(natural & ~standing, numbers, torch.where(standing, budget, 0.0)).long()
+    return QueryCurve(queries, standing, budget), int(refuted.sum())
 
 
 # Extraction

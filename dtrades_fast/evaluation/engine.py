@@ -9,7 +9,7 @@ they found after every part.
 
 from __future__ import annotations
 
-import functools
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from dtrades_fast.attacks import Attack
 from dtrades_fast.attacks.base import Model, frozen
 from dtrades_fast.data import ImageSet
-from dtrades_fast.models.folding import fold, logits_and_gradients
-from dtrades_fast.models.precision import HALF, Autocast
+from dtrades_fast.evaluation.suites import Norm
+from dtrades_fast.models.folding import LOGIT_TOLERANCE, fold, logits_and_gradients
+from dtrades_fast.models.precision import HALF, Autocast, cast_once
 from dtrades_fast.training import checkpoint
 
 __all__ = ["Cost", "Engine", "Outcome", "Progress"]
@@ -34,6 +35,8 @@ __all__ = ["Cost", "Engine", "Outcome", "Progress"]
 BALL_TOLERANCE = 1e-5
 #: What a search finds on a network: of images, labels and ids, gives images and a number > 0 for each point, [n].
 Search = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+#: The number of a point whose claim did not hold, and what is added to the name where it is searched again.
+REFUTED, AGAIN = -torch.inf, "/again"
 #: Seconds between two times that what is done is written to the file.
 SAVE_SECONDS = 10.0
 
@@ -265,7 +268,8 @@ class Engine:
         if folded is not None:
             self.how = f"BatchNorm folded ({folded.folded} of {folded.folded + folded.kept}), channels last"
         if precision != "fp32":
-            half = Autocast(searched, str(images.labels.device), HALF[precision]).eval()
+            cast = searched if folded is None else cast_once(copy.deepcopy(folded), HALF[precision])
+            half = Autocast(cast, str(images.labels.device), HALF[precision]).eval()
             logits, gradients = logits_and_gradients(half, self.laid_out(few))
             if logits.isfinite().all() and gradients.isfinite().all():
                 searched = half
@@ -300,12 +304,51 @@ class Engine:
             ) -> tuple[Tensor, Tensor]:
                 return part(model, images, labels, index=ids, key=self.key), torch.ones_like(labels)
 
-            numbers = self.measure(stage, functools.partial(self.found, search, part), standing)
-            refuted += int((numbers < 0).sum())
+            numbers, denied = self.find(stage, search, standing, attack.epsilon, attack.norm)  # type: ignore[attr-defined]
+            refuted += int(denied.sum())
             standing = standing & numbers.isinf()
             stages.append(int(standing.sum()))
             cost = cost + self.cost(stage)
         return Outcome(standing, cost, refuted, tuple(stages) if len(stages) > 1 else ())
+
+    def find(
+        self, name: str, search: Search, rows: Tensor, epsilon: float = torch.inf, norm: Norm = "linf"
+    ) -> tuple[Tensor, Tensor]:
+        """What a search finds for some points that the network itself confirms.
+
+        A claim that does not hold on the network itself says nothing of the point, so that it is searched there again.
+
+        Args:
+            name: under which the numbers are kept.
+            search: it.
+            rows: [N], bool: the points.
+            epsilon: radius of the ball that the images must lie in, in pixel units.
+            norm: of the ball.
+
+        Returns:
+            [N], float64, on the host: the search's numbers of broken points, infinity for those that stand, NaN for
+            the other points; and [N], bool, where a claim was refuted and the search done again.
+        """
+
+        def quickly(images: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
+            adv, numbers = search(self.search, self.laid_out(images), labels, ids)
+            holds = self._fooled(adv, labels) & allowed(adv, images, epsilon, norm)
+            numbers = numbers.double().where(holds, torch.inf)
+            if self.search is self.model:
+                return numbers
+            with torch.no_grad(), frozen(self.search):
+                claimed = claims(self.search(adv), labels)
+            return numbers.masked_fill(claimed & ~holds, REFUTED)
+
+        def again(images: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
+            adv, numbers = search(self.model, images, labels, ids)
+            return numbers.double().where(self._fooled(adv, labels) & allowed(adv, images, epsilon, norm), torch.inf)
+
+        numbers = self.measure(name, quickly, rows)
+        refuted = numbers == REFUTED
+        if refuted.any():
+            numbers = numbers.where(~refuted, self.measure(name + AGAIN, again, refuted))
+        return numbers, refuted
 
     def measure(self, name: str, function: Callable[[Tensor, Tensor, Tensor], Tensor], rows: Tensor) -> Tensor:
         """A number for each of some points, kept under the name.
@@ -329,43 +372,12 @@ class Engine:
         return numbers.where(rows, torch.nan)
 
     def cost(self, name: str) -> Cost:
-        """What :meth:`measure` took for all points of that name, in all processes and sessions."""
-        return self.progress.cost(name)
+        """What :meth:`measure` or :meth:`find` took for all points of that name, in all processes and sessions."""
+        return self.progress.cost(name) + self.progress.cost(name + AGAIN)
 
-    def found(self, search: Search, attack: Attack, images: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
-        """What a search finds that the network itself confirms.
-
-        A claim that does not hold on the network itself says nothing of the point, so that it is searched there again.
-
-        Args:
-            search: it.
-            attack: whose ball the images must lie in.
-            images: [n, C, H, W].
-            labels: [n].
-            ids: [n].
-
-        Returns:
-            [n], float64: the search's numbers of broken points, infinity for those that stand; negative where a claim
-            was refuted and the search done again.
-        """
-        adv, numbers = search(self.search, self.laid_out(images), labels, ids)
-        broken = self._confirmed(adv, images, labels, attack)
-        numbers = numbers.double().where(broken, torch.inf)
-        if self.search is self.model:
-            return numbers
-        with torch.no_grad(), frozen(self.search):
-            claimed = fooled_or_lost(self.search(adv), labels)
-        again = (claimed & ~broken).nonzero().squeeze(1)
-        if len(again):
-            images, labels = images[again], labels[again]
-            adv, second = search(self.model, images, labels, ids[again])
-            broken = self._confirmed(adv, images, labels, attack)
-            numbers[again] = -second.double().where(broken, torch.inf)
-        return numbers
-
-    def _confirmed(self, adv: Tensor, images: Tensor, labels: Tensor, attack: Attack) -> Tensor:
-        """Which images are allowed and fool the network itself, [n], bool."""
-        return (self._logits(adv).argmax(1) != labels) & allowed(adv, images, attack)
+    def _fooled(self, adv: Tensor, labels: Tensor) -> Tensor:
+        """Which images the network itself misclassifies, [n], bool."""
+        return self._logits(adv).argmax(1) != labels
 
     def _logits(self, images: Tensor) -> Tensor:
         """The network's own."""
@@ -395,14 +407,19 @@ class Engine:
         cost.backwards = sum(n.backwards for n in networks) - backwards
 
 
-def fooled_or_lost(logits: Tensor, labels: Tensor) -> Tensor:
-    """Where a search says that it has succeeded, or has nothing to say since its logits overflow, [N], bool."""
-    return (logits.argmax(1) != labels) | ~logits.isfinite().all(1)
+def claims(logits: Tensor, labels: Tensor) -> Tensor:
+    """Where a search says that it has succeeded, [N], bool.
+
+    It may have seen the image in another batch, so that a label's logit that is larger by mere rounding counts as
+    well, and so do logits that overflow and say nothing.
+    """
+    label = labels[:, None]
+    margin = logits.scatter(1, label, -torch.inf).amax(1) - logits.gather(1, label).squeeze(1)
+    return ~(margin < -LOGIT_TOLERANCE * logits.abs().amax(1)) | ~logits.isfinite().all(1)
 
 
-def allowed(adv: Tensor, images: Tensor, attack: Attack) -> Tensor:
-    """Which images are in the attack's ball and in [0, 1], [N], bool; NaN is not."""
-    epsilon, norm = attack.epsilon, attack.norm  # type: ignore[attr-defined]
+def allowed(adv: Tensor, images: Tensor, epsilon: float, norm: Norm) -> Tensor:
+    """Which images are in the ball and in [0, 1], [N], bool; NaN is not."""
     delta = (adv - images).flatten(1)
     size = delta.abs().amax(1) if norm == "linf" else torch.linalg.vector_norm(delta, dim=1)
     inside = (adv.flatten(1).amin(1) >= 0) & (adv.flatten(1).amax(1) <= 1)

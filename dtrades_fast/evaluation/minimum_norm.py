@@ -7,21 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from dtrades_fast.attacks.base import Attack, Model, check_images, frozen
+from dtrades_fast.attacks.base import Attack, check_images, frozen
 from dtrades_fast.attacks.bisection import Bisection
 from dtrades_fast.attacks.fab import FAB
 from dtrades_fast.attacks.fmn import FMN
 from dtrades_fast.attacks.nearest import size
-from dtrades_fast.evaluation.engine import fooled_or_lost
+from dtrades_fast.evaluation.suites import Norm
 
 __all__ = ["Figures", "MinimumNorms", "minimum_norm", "robust_accuracy"]
-
-Norm = Literal["linf", "l2"]
 
 #: Wrong classes that FAB-T goes for, where there are as many.
 TARGETS = 9
@@ -91,11 +88,10 @@ def minimum_norm(
     key: int,
     batch_size: int,
     attacks: Mapping[str, Attack] | None = None,
-    search: Model | None = None,
 ) -> MinimumNorms:
     """Attack what the model classifies correctly, and measure what has fooled it.
 
-    A norm counts only if the model itself, not ``search``, classifies that image wrongly, and if it lies in [0, 1].
+    A norm counts only if the model classifies that image wrongly, and if it lies in [0, 1].
 
     Args:
         model: maps images in [0, 1] to logits; used in eval mode and in its own precision.
@@ -107,8 +103,6 @@ def minimum_norm(
         key: the stream of random numbers.
         batch_size: images at a time; it does not change the result beyond rounding.
         attacks: by name; FMN, FAB-T and the bisection with APGD if not given.
-        search: a faster form of the model, on which the attacks work; on the model itself where what they claim does
-            not hold there.
 
     Raises:
         ValueError: there are no images, or an argument is out of its range.
@@ -124,7 +118,7 @@ def minimum_norm(
         with frozen(model), torch.no_grad():
             attacks = standard(norm, cap, model(images[:1]).shape[1])
     parts = [
-        _batch(model, search or model, images[rows], labels[rows], index[rows], norm, key, attacks)
+        _batch(model, images[rows], labels[rows], index[rows], norm, key, attacks)
         for rows in torch.arange(len(images), device=images.device).split(batch_size)
     ]
     return MinimumNorms(norm, cap, {name: torch.cat([part[name] for part in parts]).cpu() for name in attacks})
@@ -141,7 +135,6 @@ def standard(norm: Norm, cap: float, classes: int) -> dict[str, Attack]:
 
 def _batch(
     model: nn.Module,
-    search: Model,
     images: Tensor,
     labels: Tensor,
     index: Tensor,
@@ -154,16 +147,8 @@ def _batch(
     found = {name: clean.clone() for name in attacks}
     if len(rows):
         for name, attack in attacks.items():
-            adv = attack(search, images[rows], labels[rows], index=index[rows], key=key)
+            adv = attack(model, images[rows], labels[rows], index=index[rows], key=key)
             found[name][rows] = verified(model, adv, images[rows], labels[rows], norm)
-            if search is model:
-                continue
-            with torch.no_grad():
-                claimed = fooled_or_lost(search(adv), labels[rows])
-            again = rows[claimed & found[name][rows].isinf()]
-            if len(again):
-                adv = attack(model, images[again], labels[again], index=index[again], key=key)
-                found[name][again] = verified(model, adv, images[again], labels[again], norm)
     return found
 
 

@@ -29,14 +29,24 @@ class OfficialStage(Attack):
         name: ``"apgd-ce"``, ``"apgd-t"``, ``"fab-t"`` or ``"square"``.
         epsilon: radius of the ball in pixel units.
         norm: ``"linf"`` or ``"l2"``.
+        classes: number of classes of the model; the targeted ones need 10.
 
     Raises:
+        ValueError: a targeted attack with fewer classes.
         ModuleNotFoundError: when it runs, if the package is not installed.
     """
 
     name: str
     epsilon: float
     norm: Literal["linf", "l2"] = "linf"
+    classes: int = 10
+
+    def __post_init__(self) -> None:
+        if self.name not in ("apgd-ce", "square") and self.classes <= TARGETS:
+            raise ValueError(
+                f"the official {self.name} goes for {TARGETS} wrong classes and the model has {self.classes} classes: "
+                "use --engine fast, which goes for all there are"
+            )
 
     def perturb(self, model: Model, images: Tensor, labels: Tensor, index: Tensor, key: int) -> Tensor:
         try:
@@ -69,15 +79,11 @@ class OfficialAutoAttack(Attack):
     classes: int = 10
 
     def __post_init__(self) -> None:
-        if self.classes <= TARGETS:
-            raise ValueError(
-                f"the official AutoAttack goes for {TARGETS} wrong classes and the model has {self.classes} classes: "
-                "use --engine fast, which goes for all there are"
-            )
+        self.stages()  # which looks at the number of classes
 
     def stages(self) -> dict[str, Attack]:
         """The four attacks by name, in their order."""
-        return {name: OfficialStage(name, self.epsilon, self.norm) for name in STAGES}
+        return {name: OfficialStage(name, self.epsilon, self.norm, self.classes) for name in STAGES}
 
     def parts(self) -> Sequence[Attack]:
         return list(self.stages().values())

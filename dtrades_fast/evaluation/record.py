@@ -47,7 +47,7 @@ class Settings:
         norm: of the ball.
         attacks: names, see :data:`dtrades_fast.evaluation.suites.ATTACKS`.
         step_size: of PGD in pixel units; ``epsilon / 4`` if None.
-        official: AutoAttack's official code instead of ours, on the network itself.
+        official: the official code of AutoAttack and its parts instead of ours, on the network itself.
         minimum_norms: norms in which the smallest perturbation of each point is looked for.
         seed: of all random numbers.
         batch_size: images at a time.
@@ -119,8 +119,8 @@ def evaluate_model(
         fast=not settings.official,
         precision="fp32" if settings.official else settings.precision,
     )
-    if found.has("random"):  # the first pass that is fooled may be a lucky one, which the next ones deny
-        attacks = {name: patient(attack) for name, attack in attacks.items()}
+    if found.has("random"):
+        attacks = {name: _make(name, epsilon, len(classes), settings, random=True) for name in attacks}
     engine.progress.begin()
     others = surrogates() if callable(surrogates) else surrogates or {}
     if taken := {TARGET, ENSEMBLE} & set(others):
@@ -186,14 +186,17 @@ class _Judge:
         self.report(f"{what}: {100 * metrics.accuracy(standing):.1f} %")
 
 
-def patient(attack: Attack) -> Attack:
-    """The attack, if it is PGD with all its steps."""
-    return dataclasses.replace(attack, stop_early=False) if isinstance(attack, PGD) else attack
-
-
-def _make(name: str, epsilon: float, classes: int, settings: Settings) -> Attack:
-    step_size, official = settings.step_size, settings.official
-    return suites.make_attack(name, epsilon, step_size, norm=settings.norm, classes=classes, official=official)
+def _make(name: str, epsilon: float, classes: int, settings: Settings, random: bool = False) -> Attack:
+    """The attack; on a random forward pass the first image that fools may be a lucky one, which the next ones deny."""
+    return suites.make_attack(
+        name,
+        epsilon,
+        settings.step_size,
+        norm=settings.norm,
+        classes=classes,
+        official=settings.official,
+        stop_early=not random,
+    )
 
 
 def _attack(engine: Engine, name: str, attack: Attack, judge: _Judge) -> dict[str, Any]:
@@ -237,23 +240,14 @@ def _minimum_norm(
     norms = {}
     for name, attack in minimum_norm.standard(norm, cap, classes).items():
 
-        def smallest(images: Tensor, labels: Tensor, ids: Tensor, name: str = name, attack: Attack = attack) -> Tensor:
-            found = minimum_norm.minimum_norm(
-                engine.model,
-                images,
-                labels,
-                ids,
-                norm=norm,
-                cap=cap,
-                key=engine.key,
-                batch_size=len(images),
-                attacks={name: attack},
-                search=engine.search,
-            )
-            return found.norms[name]
+        def smallest(
+            model: nn.Module, images: Tensor, labels: Tensor, ids: Tensor, attack: Attack = attack
+        ) -> tuple[Tensor, Tensor]:
+            adv = attack(model, images, labels, index=ids, key=engine.key)
+            return adv, minimum_norm.size(adv.double() - images.double(), norm)
 
         stage = f"minimum-norm/{norm}/{name}"
-        norms[name] = engine.measure(stage, smallest, natural).where(natural, 0)
+        norms[name] = engine.find(stage, smallest, natural)[0].where(natural, 0)
         report(f"{stage}: mean {norms[name].clamp(max=cap).mean():.4f}")
     found = minimum_norm.MinimumNorms(norm, cap, norms)
     smallest_norms = found.smallest

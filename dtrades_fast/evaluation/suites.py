@@ -10,7 +10,7 @@ from dtrades_fast.attacks import APGD, FGSM, PGD, Attack
 from dtrades_fast.attacks.autoattack import TARGETS, AutoAttack
 from dtrades_fast.attacks.fab import FAB
 from dtrades_fast.attacks.square import Square
-from dtrades_fast.evaluation.official import OfficialAutoAttack
+from dtrades_fast.evaluation.official import OfficialAutoAttack, OfficialStage
 
 __all__ = ["ATTACKS", "SUITES", "Norm", "make_attack"]
 
@@ -39,10 +39,9 @@ def make_attack(
     norm: Norm = "linf",
     classes: int = 10,
     official: bool = False,
+    stop_early: bool = True,
 ) -> Attack:
     """The attack of that name, see :data:`ATTACKS`.
-
-    PGD ends at the first image that fools the model, as the others do.
 
     Args:
         name: e.g. ``"pgd20-r5"``.
@@ -50,7 +49,9 @@ def make_attack(
         step_size: of PGD, in pixel units; ``epsilon / 4`` if not given.
         norm: of the ball.
         classes: number of classes of the model.
-        official: AutoAttack's official code instead of ours.
+        official: the official code of AutoAttack, APGD-CE, APGD-T and FAB-T instead of ours. Square by itself is always
+            ours, which says when each point falls.
+        stop_early: PGD ends at the first image that fools the model, as the others always do.
 
     Raises:
         ValueError: there is no such attack, or none for so few classes.
@@ -60,6 +61,8 @@ def make_attack(
         return FGSM(epsilon, norm)
     if name == "autoattack":
         return (OfficialAutoAttack if official else AutoAttack)(epsilon, norm, classes)
+    if official and name in ("apgd-ce", "apgd-t", "fab-t"):
+        return OfficialStage(name, epsilon, norm, classes)
     if name == "apgd-ce":
         return APGD(epsilon, norm=norm)
     if name == "apgd-t" and classes < 4:
@@ -74,7 +77,7 @@ def make_attack(
     if found is None:
         raise ValueError(f"unknown attack {name!r}; known are {ATTACKS}")
     steps, restarts = found.groups()
-    return PGD(epsilon, int(steps), step_size, norm=norm, restarts=int(restarts or 1), stop_early=True)
+    return PGD(epsilon, int(steps), step_size, norm=norm, restarts=int(restarts or 1), stop_early=stop_early)
 
 
 def names(attacks: str | None, suite: str) -> Sequence[str]:

@@ -76,7 +76,7 @@ def load_run(folder: RunFolder, epoch: Epoch, data_root: str | None, device: str
         RuntimeError: the weights are damaged.
     """
     config = configuration.load(folder.config)
-    weights_file = folder.best_weights if epoch == "best" else folder.weights
+    weights_file = folder.weights_of(epoch)
     weights = checkpoint.load_weights(weights_file)
     sets = data.load(config.data.dataset, data_root or config.data.data_root, device, limit=limit)
     model = create_model(config, sets.info).to(device)
@@ -200,7 +200,7 @@ def _of_run(
 ) -> Target:
     """A run's network from its folder alone: what the data set decided, its tensors tell."""
     config = configuration.load(folder.config)
-    file = folder.best_weights if epoch == "best" else folder.weights
+    file = folder.weights_of(epoch)
     found = recognise(checkpoint.load_weights(file), str(file), arch=config.model.arch, width=config.model.width)
     return Target(
         model=found.model.to(device),

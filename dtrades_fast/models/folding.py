@@ -44,10 +44,7 @@ class FoldedNetwork(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        try:
-            graph = fx.Tracer().trace(model)
-        except Exception as error:  # tracing runs the model's own code, which may raise anything
-            raise RuntimeError(f"{type(model).__name__} cannot be traced: {error}") from error
+        graph, constants = traced(model)
         pairs = foldable_pairs(model, graph)
         self._pairs: list[tuple[Layer, _BatchNorm, Layer]] = []  # layer and BatchNorm of the model, layer here
         parts: dict[str, object] = {}
@@ -55,7 +52,8 @@ class FoldedNetwork(nn.Module):
             if node.op == "call_module":
                 parts[str(node.target)] = frozen_copy(model.get_submodule(str(node.target)))
             elif node.op == "get_attr":
-                parts[str(node.target)] = attribute(model, str(node.target))
+                name = str(node.target)
+                parts[name] = constants[name] if name in constants else attribute(model, name)
         for layer, norm in pairs:
             theirs = cast(Layer, model.get_submodule(str(layer.target)))
             own = parts[str(layer.target)] = with_own_weights(theirs)
@@ -81,6 +79,21 @@ class FoldedNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
+
+
+def traced(model: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """The model's graph, and the tensors in it that are no attributes of the model; which is left as it was."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        graph = fx.Tracer().trace(model)
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
+        raise RuntimeError(f"{type(model).__name__} cannot be traced: {error}") from error
+    finally:
+        constants = {name: value for name, value in vars(model).items() if name not in before[0][1]}
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+    return graph, constants
 
 
 def foldable_pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:

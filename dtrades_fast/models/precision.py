@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["HALF", "Autocast"]
+from dtrades_fast.models.folding import FoldedNetwork
+
+__all__ = ["HALF", "Autocast", "cast_once"]
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -27,3 +29,33 @@ class Autocast(nn.Module):
         with torch.autocast(self.device_type, self.dtype):
             logits = self.network(images)
         return logits.float()
+
+
+class Float32(nn.Module):
+    """A layer that computes in float32 within a network in mixed precision."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return self.layer(features.float())
+
+
+def cast_once(network: FoldedNetwork, dtype: torch.dtype) -> FoldedNetwork:
+    """The network made ready for :class:`Autocast`, in place.
+
+    The convolutions' weights are cast here, not in each pass, and a linear layer that gives the logits stays in
+    float32: its rounding, of 1 to 255 for bfloat16, would hide what a small step of an attack gains.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(dtype)
+    graph = network.network.graph
+    (last,) = graph.output_node().args
+    if isinstance(last, torch.fx.Node) and last.op == "call_module":
+        layer = network.network.get_submodule(str(last.target))
+        if isinstance(layer, nn.Linear):
+            network.network.set_submodule(str(last.target), Float32(layer))
+    return network

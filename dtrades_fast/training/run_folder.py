@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -42,6 +42,10 @@ class RunFolder:
         self.evaluation = path / "eval.json"
         self.evaluation_state = path / "eval-state"
         self.tensorboard = path / "tensorboard"
+
+    def weights_of(self, epoch: Literal["best", "last"]) -> Path:
+        """File of the weights of the best epoch by validation, or of the last one."""
+        return self.best_weights if epoch == "best" else self.weights
 
     def check(self, config: Config) -> None:
         """Refuse a folder that this run must not write into. Changes nothing.
