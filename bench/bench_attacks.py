@@ -10,6 +10,10 @@ in the ball. PGD is short and runs in several turns, of which the median counts.
 ``pgdK`` starts at random, and ours also counts what it finds on its way. ``pgdK-clean`` starts at the image and counts
 the last step alone, so that all libraries should do the same.
 
+Memory is the most that a process holds beyond the loaded network and images. It is measured in a process more, on one
+batch, and with every larger tensor given back to the system as soon as it is freed; otherwise it is the allocator's
+fragments that are measured, which differ by a factor of two from run to run.
+
 Providers: ``ours``, ``ours-seed1`` (another seed), ``ours-bf16`` (searched in bfloat16), ``official`` and
 ``official-seed1`` (pyautoattack), ``torchattacks``, ``foolbox``; those that are not installed, or do not have the
 attack, are left out.
@@ -24,6 +28,7 @@ import csv
 import hashlib
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -50,6 +55,8 @@ from dtrades_fast.training.checkpoint import write_text
 PACKAGES = {"official": "pyautoattack", "torchattacks": "torchattacks", "foolbox": "foolbox"}
 PROVIDERS = ("ours", "ours-seed1", "ours-bf16", "official", "official-seed1", "torchattacks", "foolbox")
 BASELINE = {"pgd20": "torchattacks", "fgsm": "torchattacks"}  # the others' is official
+#: Of glibc's allocator: blocks from 64 KiB on are the system's own, and free memory is given back.
+FREEING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 COLUMNS = (
     "run",
     "width",
@@ -211,13 +218,18 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
                     yield run, attack, provider, turn
 
 
-def measure(options: argparse.Namespace, run: str, attack: str, provider: str) -> dict[str, Any]:
+def measure(
+    options: argparse.Namespace, run: str, attack: str, provider: str, *, for_memory: bool = False
+) -> dict[str, Any]:
+    """One case; for its memory on one batch, and with an allocator that gives back at once what is freed."""
     command = [sys.executable, __file__, run, "--child", provider, "--attacks", attack]
-    for name in ("checkpoint", "points", "batch_size", "threads", "runs_dir"):
+    for name in ("checkpoint", "batch_size", "threads", "runs_dir"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    command += ["--points", str(min(options.points, options.batch_size) if for_memory else options.points)]
     if options.data_root:
         command += ["--data-root", options.data_root]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    environment = {**os.environ, **FREEING} if for_memory else None
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -234,7 +246,6 @@ def summary(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> 
             "provider": provider,
             **turns[0],
             "seconds": statistics.median(turn["seconds"] for turn in turns),
-            "peak_mib": statistics.median(turn["peak_mib"] for turn in turns),
         }
         for run in options.runs
         for attack in options.attacks
@@ -317,6 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = f"{run}|{attack}|{provider}|{turn}"
         if name not in results:
             results[name] = measure(options, run, attack, provider)
+            if turn == 0:
+                results[name]["peak_mib"] = measure(options, run, attack, provider, for_memory=True)["peak_mib"]
             write_text(options.state, json.dumps(state))
             console.print(f"{name}: RA {100 * results[name]['ra']:.1f} %, {results[name]['seconds']:.1f} s")
     rows = summary(results, options)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dtrades_fast.attacks import APGD, PGD
-from dtrades_fast.attacks.apgd import Ball, checkpoints
+from dtrades_fast.attacks.apgd import Ball, _Climb, checkpoints
+from dtrades_fast.attacks.objectives import CrossEntropy
 from dtrades_fast.attacks.survivors import Survivors
 from dtrades_fast.evaluation.engine import Counted
 
@@ -35,6 +36,19 @@ def ten_class_network(seed: int = 0) -> nn.Module:
 
 def robust_labels(model: nn.Module, images: Tensor) -> Tensor:
     return model(images).argmax(1)
+
+
+class Spy(nn.Module):
+    """Keeps what the model is shown."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.shown: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.shown.append(images.detach().clone())
+        return self.model(images)
 
 
 @each_attack
@@ -74,20 +88,15 @@ def test_is_the_published_loop(norm: str, loss: str) -> None:
     labels = robust_labels(model, images)
     attack = APGD(epsilon, steps, norm, loss)  # type: ignore[arg-type]
 
-    shown: list[Tensor] = []
-
-    class Spy(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            shown.append(x.detach().clone())
-            return model(x)
-
     row = next(
         i
         for i in range(len(images))
         if robust_labels(model, attack(model, images[i : i + 1], labels[i : i + 1]))[0] == labels[i]
     )
     x, y = images[row : row + 1], labels[row : row + 1]
-    attack(Spy(), x, y)
+    spy = Spy(model)
+    attack(spy, x, y)
+    shown = spy.shown
     assert len(shown) == steps + 1
 
     def value(point: Tensor) -> Tensor:  # [] or [1]
@@ -131,6 +140,60 @@ def test_is_the_published_loop(norm: str, loss: str) -> None:
                 size, here = size / 2, points[best[k + 1]]
     torch.testing.assert_close(torch.cat(shown), torch.cat(points), rtol=0, atol=1e-8)
     assert size < 2 * epsilon
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("target", [None, 1, 3, 9])
+def test_is_the_official_run_step_by_step(target: int | None, norm: str) -> None:
+    """From the same start, on samples that are never fooled; rounding may tell a few apart at a checkpoint."""
+    official = pytest.importorskip("pyautoattack.autopgd_base")
+    model, (images, _) = ten_class_network(), batch(40)
+    epsilon, labels, index = 0.01 if norm == "linf" else 0.07, robust_labels(model, images), torch.arange(40)
+    attack = APGD(epsilon, norm=norm, loss="dlr" if target else "ce", target=target)  # type: ignore[arg-type]
+    stands = robust_labels(model, attack(model, images, labels)) == labels
+    images, labels, index = images[stands], labels[stands], index[stands]
+    ours, theirs = Spy(model), Spy(model)
+    attack(ours, images, labels, index=index)
+    shown = ours.shown[-101:]  # without the clean images, by which a target is chosen
+    kind = official.APGDAttack_targeted if target else official.APGDAttack
+
+    class FromTheStart(kind):  # type: ignore[misc, valid-type]
+        """The official code has no loss of the start: it compares that of the first step with 0."""
+
+        def check_oscillation(self, losses: Tensor, step: int, steps: int, *rest: Tensor, **options: float) -> Tensor:
+            if step + 1 == steps:
+                losses = torch.cat((losses[:-1], self.of_start[None]))
+            return super().check_oscillation(losses, step, steps, *rest, **options)
+
+    run = FromTheStart(theirs, norm="Linf" if norm == "linf" else "L2", eps=epsilon, device="cpu")
+    run.init_hyperparam(images)
+    with torch.no_grad():
+        if target:
+            run.y_target = model(images).argsort(1)[:, -1 - target]
+            run.of_start = run.dlr_loss_targeted(model(shown[0]), labels)
+        else:
+            run.of_start = F.cross_entropy(model(shown[0]), labels, reduction="none")
+    _, stands, _, _ = run.attack_single_run(images, labels, x_init=shown[0])
+    assert stands.all()
+    assert len(images) > 10
+    apart = (torch.stack(shown) - torch.stack(theirs.shown)).abs().amax((2, 3, 4))
+    assert apart[:21].max() < 1e-6  # before the first checkpoint
+    assert (apart[-1] < 1e-5).float().mean() > 0.6
+
+
+def test_a_step_is_halved_when_few_rise_or_when_the_best_stays_but_not_for_that_twice_running() -> None:
+    """Five steps between checkpoints, of which four must rise: always, never, and always but below the start's loss."""
+    start = torch.tensor([0.0, 0.0, 9.0])
+    points = torch.zeros(3, 1, 1, 1)
+    climb = _Climb(Ball(points, 0.5, "linf"), torch.zeros(3), CrossEntropy(torch.zeros(3)), points, points, start)
+    sizes = []
+    for step in range(1, 21):
+        climb.move(points + step, points, torch.tensor([1.0, -1.0, 0.1]) * step)
+        if step % 5 == 0:
+            climb.adapt(5)
+            sizes.append(climb.size.flatten().tolist())
+            assert climb.adv.flatten().tolist() == [step, 0, step if step in (5, 15) else 0]
+    assert sizes == [[1, 1 / 2, 1], [1, 1 / 4, 1 / 2], [1, 1 / 8, 1 / 2], [1, 1 / 16, 1 / 4]]
 
 
 def test_beats_pgd_and_targets_beat_one() -> None:

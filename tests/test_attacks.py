@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dtrades_fast.attacks import FGSM, PGD, frozen, input_gradient
-from dtrades_fast.attacks.objectives import KL, CrossEntropy, Targeted
+from dtrades_fast.attacks.objectives import DLR, KL, CrossEntropy, Margin, Targeted, TargetedDLR
 
 EPSILON = 0.1
 
@@ -158,6 +158,28 @@ def test_objectives_have_their_gradients() -> None:
         torch.testing.assert_close(objective.select(rows).value(z[rows]), objective.value(z)[rows])
 
 
+def test_ratios_of_logits_are_the_published_ones() -> None:
+    """Value and gradient, for labels and targets of every rank, also where both are the same class."""
+    z = 3 * torch.randn(36, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    order = z.argsort(1, descending=True)
+    rank = torch.arange(36)
+    labels, targets = (order.gather(1, ranks[:, None]).squeeze(1) for ranks in (rank // 6, rank % 6))
+    x = z.clone().requires_grad_()
+    first, second, third, fourth = x.sort(1, descending=True).values[:, :4].unbind(1)
+    own, target = (x.gather(1, classes[:, None]).squeeze(1) for classes in (labels, targets))
+    rival = torch.where(labels == order[:, 0], second, first)
+    for objective, expected in (
+        (Margin(labels), rival - own),
+        (DLR(labels), (rival - own) / (first - third)),
+        (TargetedDLR(labels, targets), (target - own) / (first - (third + fourth) / 2)),
+    ):
+        (gradient,) = torch.autograd.grad(expected.sum(), x, retain_graph=True)
+        torch.testing.assert_close(objective.value(z), expected.detach(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(objective.logit_grad(z), gradient, rtol=1e-9, atol=1e-9)
+        rows = torch.tensor([31, 8])
+        torch.testing.assert_close(objective.select(rows).logit_grad(z[rows]), gradient[rows], rtol=1e-9, atol=1e-9)
+
+
 def test_input_gradient_is_per_sample() -> None:
     model, (images, labels) = network().double().eval(), batch()
     images = images.double()
@@ -203,6 +225,24 @@ def test_targeted_reaches_its_class(norm: str) -> None:
     adv = attack(model, images, target)
     assert (model(images).argmax(1) == target).sum() == 0
     assert (model(adv).argmax(1) == target).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_a_start_outside_of_ball_and_box_is_no_success(norm: str, restarts: int) -> None:
+    """A Gaussian start may fool the model there, as here, where the labels are wrong for all that it is shown."""
+    model, (images, _) = network().eval(), batch()
+    images, epsilon = images.round(), 1e-4
+    labels = (model(images).argmax(1) + 1) % 3
+    options = {"norm": norm, "start": "gaussian", "restarts": restarts, "stop_early": True}
+    for steps in (1, 3):
+        adv = PGD(epsilon, steps, **options)(model, images, labels)  # type: ignore[arg-type]
+        assert (model(adv).argmax(1) != labels).all()
+        assert adv.min() >= 0
+        assert adv.max() <= 1
+        delta = (adv - images).flatten(1)
+        size = delta.norm(dim=1) if norm == "l2" else delta.abs().amax(1)
+        assert size.max() <= epsilon + 1e-6
 
 
 def test_refusals() -> None:

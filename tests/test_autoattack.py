@@ -16,22 +16,33 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 POINTS = 64
 
 
-def run(kind: str, *, official: bool, seed: int = 0) -> dict[str, Tensor]:
-    """Standing points after each stage, as an evaluation runs them."""
+def run(
+    kind: str,
+    *,
+    official: bool,
+    seed: int = 0,
+    norm: str = "linf",
+    epsilon: float = small_nets.EPSILON,
+    points: int = POINTS,
+    alone: bool = False,
+) -> dict[str, Tensor]:
+    """Standing points after each stage, as an evaluation runs them, or after each one ``alone``."""
     _, test = small_nets.digits()
     engine = Engine(
         small_nets.network(kind),  # type: ignore[arg-type]
-        test.subset(torch.arange(POINTS)),
+        test.subset(torch.arange(points)),
         key=seed,
-        batch_size=POINTS,
+        batch_size=points,
         fast=not official,
     )
     standing = engine.natural()
-    attack = (OfficialAutoAttack if official else AutoAttack)(small_nets.EPSILON)
+    attack = (OfficialAutoAttack if official else AutoAttack)(epsilon, norm)  # type: ignore[arg-type]
     after = {}
     for name, stage in attack.stages().items():
         outcome = engine.attack(name, stage, standing)
-        standing = after[name] = outcome.standing
+        after[name] = outcome.standing
+        if not alone:
+            standing = outcome.standing
         assert outcome.refuted == 0
     return after
 
@@ -46,6 +57,16 @@ def test_agrees_with_the_official_code() -> None:
     assert 0.1 * POINTS < ours["square"].sum() < 0.6 * POINTS
     for stage in STAGES:
         assert abs(int(ours[stage].sum()) - int(official[stage].sum())) <= 3
+
+
+def test_each_stage_agrees_with_the_official_code_for_l2() -> None:
+    pytest.importorskip("pyautoattack")
+    ours, official = (
+        run("robust", official=which, norm="l2", epsilon=0.7, points=32, alone=True) for which in (False, True)
+    )
+    for stage in STAGES:
+        assert (ours[stage] != official[stage]).sum() <= (3 if stage == "square" else 1)
+        assert 8 < ours[stage].sum() < 24
 
 
 @pytest.mark.parametrize("kind", ["standard", "masked"])

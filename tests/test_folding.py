@@ -200,6 +200,19 @@ def test_faithful_looks_at_logits_and_gradients() -> None:
 
     assert not faithful(Deaf(), model, x)
 
+    class Watched(nn.Module):
+        """Gives other logits, of the same gradient, to those who ask for one, or to those who don't."""
+
+        def __init__(self, asks: bool) -> None:
+            super().__init__()
+            self.asks = asks
+
+        def forward(self, x: Tensor) -> Tensor:
+            return model(x) + float(torch.is_grad_enabled() == self.asks)
+
+    for asks in (True, False):
+        assert not faithful(Watched(asks), model, x)
+
 
 def test_tracing_leaves_nothing_behind() -> None:
     """Neither a tensor that the pass makes, nor a note that it takes."""

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from matplotlib.figure import Figure
-from test_apgd import ten_class_network
+from test_apgd import Spy, ten_class_network
 from test_attacks import batch, network
 from torch import Tensor, nn
 
 from dtrades_fast.attacks import APGD, FAB, FMN, Attack, Bisection
-from dtrades_fast.attacks.fab import Difference, to_hyperplane
+from dtrades_fast.attacks.fab import Difference, reach, to_hyperplane
 from dtrades_fast.attacks.nearest import Nearest, size
 from dtrades_fast.evaluation.engine import Counted
 from dtrades_fast.evaluation.minimum_norm import MinimumNorms, minimum_norm, robust_accuracy, standard
@@ -99,6 +99,28 @@ def test_projection_is_the_nearest_point_of_hyperplane_and_box(kind: str, norm: 
     assert beyond.max() <= 1 + 1e-12
     single = to_hyperplane(points.float(), normal.float(), missing.float(), norm)  # type: ignore[arg-type]
     torch.testing.assert_close(single.double(), exact, rtol=0, atol=2e-3 if norm == "l2" else 2e-4)
+
+
+def by_sorting(weights: Tensor, limits: Tensor, amount: Tensor) -> Tensor:
+    """The ``s`` with ``sum_i u_i min(s, t_i) = a`` of each row, by the first limit at which that is enough."""
+    limits, order = limits.sort(1)
+    weights = weights.gather(1, order)
+    slope = weights.flip(1).cumsum(1).flip(1)  # of those that no limit has stopped
+    before = (weights * limits).cumsum(1) - weights * limits
+    first = (before + slope * limits < amount[:, None]).sum(1, keepdim=True)
+    return (amount - before.gather(1, first).squeeze(1)) / slope.gather(1, first).squeeze(1)
+
+
+@pytest.mark.parametrize("short", [0.5, 1e-2, 1e-5])
+def test_projection_reaches_into_the_corner_of_the_box(short: float) -> None:
+    """Of 3,072 coordinates of very different weights all but a few have to go as far as they can."""
+    generator = torch.Generator().manual_seed(2)
+    normal, tails = torch.randn(2, 8, 3072, generator=generator, dtype=torch.float64)
+    normal, room = normal.abs() * torch.exp(3 * tails), torch.rand(8, 3072, generator=generator, dtype=torch.float64)
+    for weights, limits in ((normal, room), (normal.square(), room / normal)):
+        amount = (1 - short) * (weights * limits).sum(1)
+        exact = by_sorting(weights, limits, amount)
+        torch.testing.assert_close(reach(weights, limits[None], amount[None])[0], exact, rtol=1e-7, atol=0)
 
 
 @each_norm
@@ -272,6 +294,21 @@ def test_fmn_is_the_published_loop(norm: str) -> None:
         adv = FMN(norm, steps)(model, x, labels[i : i + 1])  # type: ignore[arg-type]
         assert best < torch.inf
         torch.testing.assert_close(adv, nearest, rtol=0, atol=1e-8)
+
+
+@each_norm
+def test_fmn_takes_no_ball_larger_than_the_box(norm: str) -> None:
+    """One pixel from a boundary that looks 100 times farther away than the box reaches."""
+
+    def cliff(x: Tensor) -> Tensor:
+        margin = x.flatten(1) - 0.97
+        return torch.cat((torch.zeros_like(margin), margin - 100 * (margin < 0)), 1)
+
+    spy, images = Spy(cliff), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    adv = FMN(norm)(spy, images, torch.tensor([0]))  # type: ignore[arg-type]
+    # after the corner the ball is smaller than the box at once, by gamma
+    assert torch.cat(spy.shown[:3]).flatten().tolist() == pytest.approx([0, 1, 0.95], abs=1e-4)
+    assert adv.item() == pytest.approx(0.97, abs=1e-3)
 
 
 def test_bisection_brackets() -> None:

@@ -229,6 +229,34 @@ def test_l2_starts_at_tiles_of_bumps() -> None:
     assert len(tiles.sign().flatten(1).unique(dim=0)) == 5
 
 
+class EverBetter(nn.Module):
+    """Is never fooled and finds each proposal better than the one before it."""
+
+    shown = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.shown += 1
+        margin = images.new_full((len(images), 1), 1e-5 * self.shown)
+        return torch.cat((1 - margin, margin), 1)
+
+
+def test_l2_keeps_its_length() -> None:
+    """Of what each proposal may use, only the box takes a part, and the next one gets that back."""
+    epsilon, labels = 0.5, torch.zeros(4, dtype=torch.int64)  # next to a power of 2 rounding adds up in one direction
+    images = torch.full((4, 1, 10, 10), 0.5)
+    adv = Square(epsilon, 3000, norm="l2")(EverBetter(), images, labels)
+    length = (adv - images).double().flatten(1).norm(dim=1)
+    torch.testing.assert_close(length, torch.full_like(length, epsilon), rtol=2e-6, atol=0)
+    images = torch.full((4, 1, 18, 18), 0.5)
+    images[..., :9] = 0  # where the box takes half of it
+    spy = Recorder(EverBetter())
+    Square(epsilon, 600, norm="l2")(spy, images, labels)
+    shares = torch.stack([(shown - images).flatten(1).norm(dim=1) / epsilon for shown in spy.shown])
+    assert shares[0].max() < 0.9
+    assert shares.max() < 1 + 2e-6
+    assert (shares[300:] > 1 - 1e-5).float().mean() > 0.2
+
+
 def test_bump_is_the_published_one() -> None:
     """The sums of squares around the two middles, one by one (Andriushchenko et al. 2020, section 3.3)."""
     for side in (1, 3, 5, 8, 13):
