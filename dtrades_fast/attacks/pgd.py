@@ -36,9 +36,9 @@ class PGD(Attack):
             clean image has an exactly zero gradient, so ``"clean"`` is refused there.
         restarts: independent starts; a sample keeps the first that fools the model, else that of highest objective.
         targeted: the labels given are classes to reach; ``"ce"`` only.
-        stop_early: a sample ends at the first image, the start included, that fools the model, and leaves the batch:
-            never weaker than the last image alone, which is what PGD's accuracy is usually taken at. Samples that are
-            never fooled keep their last image.
+        stop_early: a sample ends at the first image that fools the model (the start included, unless it is Gaussian and
+            may lie outside of ball and box) and leaves the batch: never weaker than the last image alone, which is what
+            PGD's accuracy is usually taken at. Samples that are never fooled keep their last image.
     """
 
     epsilon: float

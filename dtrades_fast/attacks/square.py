@@ -36,9 +36,9 @@ class Square(Attack):
     2000, 4000, 6000 and 8000 proposals whatever the budget is, as in AutoAttack: results of different budgets are
     points of one curve, but those of schedules that are stretched to the budget are not comparable.
 
-    Each sample has its own squares and signs, a function of its index, the key and the proposal's number. A square lies
-    wherever it fits, as published; AutoAttack's code draws one for the whole batch, which never covers the last row and
-    column once it is smaller than the image.
+    Each sample has its own squares and signs, a function of its index, the key and the proposal's number, where
+    AutoAttack's code draws one square for the whole batch. As there, a square that is smaller than the image never
+    covers the last row and column: on digits, whose margins are black, that finds more.
 
     Args:
         epsilon: radius of the ball in pixel units.
@@ -228,8 +228,8 @@ class _Search:
         numbers = numbers.unflatten(1, (len(sides), self.numbers)).permute(2, 1, 0).contiguous()
         places, signs, others = numbers.split((2 * self.squares, self.channels, self.others))
         side = torch.tensor(sides, device=numbers.device)[:, None]
-        top = (places[0::2] * (self.height - side + 1)).long()
-        left = (places[1::2] * (self.width - side + 1)).long()
+        top = (places[0::2] * (self.height - side)).long()
+        left = (places[1::2] * (self.width - side)).long()
         self.sides = sides
         self.corners = top * self.strides[1] + left * self.strides[2]  # [squares, proposals, n]
         self.signs = self.sign(signs).permute(1, 2, 0)[..., None, None]  # [proposals, n, C, 1, 1]
