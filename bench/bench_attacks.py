@@ -11,8 +11,9 @@ in the ball. PGD is short and runs in several turns, of which the median counts.
 the last step alone, so that all libraries should do the same.
 
 Memory is the most that a process holds beyond the loaded network and images. It is measured in a process more, on one
-batch, and with every larger tensor given back to the system as soon as it is freed; otherwise it is the allocator's
-fragments that are measured, which differ by a factor of two from run to run.
+batch, AutoAttack's in its first part, when all points still stand, and with every larger tensor given back to the
+system as soon as it is freed; otherwise it is the allocator's fragments that are measured, which differ by a factor of
+two from run to run.
 
 Providers: ``ours``, ``ours-seed1`` (another seed), ``ours-bf16`` (searched in bfloat16), ``official`` and
 ``official-seed1`` (pyautoattack), ``torchattacks``, ``foolbox``; those that are not installed, or do not have the
@@ -57,6 +58,7 @@ PROVIDERS = ("ours", "ours-seed1", "ours-bf16", "official", "official-seed1", "t
 BASELINE = {"pgd20": "torchattacks", "fgsm": "torchattacks"}  # the others' is official
 #: Of glibc's allocator: blocks from 64 KiB on are the system's own, and free memory is given back.
 FREEING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+FIRST_PART = {"autoattack": "apgd-ce"}
 COLUMNS = (
     "run",
     "width",
@@ -222,6 +224,7 @@ def measure(
     options: argparse.Namespace, run: str, attack: str, provider: str, *, for_memory: bool = False
 ) -> dict[str, Any]:
     """One case; for its memory on one batch, and with an allocator that gives back at once what is freed."""
+    attack = FIRST_PART.get(attack, attack) if for_memory else attack
     command = [sys.executable, __file__, run, "--child", provider, "--attacks", attack]
     for name in ("checkpoint", "batch_size", "threads", "runs_dir"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
