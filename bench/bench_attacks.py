@@ -22,7 +22,7 @@ attack, are left out.
 
 from __future__ import annotations
 
-from harness import RESULTS, cpu_model, some_of  # isort: skip  # first: it makes room for the standard library
+from harness import FREEING, RESULTS, cpu_model, memory_mib, some_of  # isort: skip  # first: see harness.py
 
 import argparse
 import csv
@@ -56,8 +56,6 @@ from dtrades_fast.training.checkpoint import write_text
 PACKAGES = {"official": "pyautoattack", "torchattacks": "torchattacks", "foolbox": "foolbox"}
 PROVIDERS = ("ours", "ours-seed1", "ours-bf16", "official", "official-seed1", "torchattacks", "foolbox")
 BASELINE = {"pgd20": "torchattacks", "fgsm": "torchattacks"}  # the others' is official
-#: Of glibc's allocator: blocks from 64 KiB on are the system's own, and free memory is given back.
-FREEING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 FIRST_PART = {"autoattack": "apgd-ce"}
 COLUMNS = (
     "run",
@@ -113,16 +111,6 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
         "ids": images.ids.tolist(),
         **figures,
     }
-
-
-def memory_mib(field: str, *, forget_peak: bool = False) -> float:
-    """This process' memory now (VmRSS) or at its highest (VmHWM), in MiB; 0 where the system does not say."""
-    status, forget = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.is_file():
-        return 0.0
-    if forget_peak:
-        forget.write_text("5")
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field)) / 1024
 
 
 def engine_run(

@@ -1,96 +1,212 @@
-"""What the parts of a training step cost, as ratios: ``python bench/bench_step.py --arch resnet18 --width 16``.
+"""One training step of each method, beside the published code's and beside the passes it cannot do without.
 
-Steps of several trainers take turns (see harness.py), each on the same synthetic images of CIFAR-10's size:
+    python bench/bench_step.py
+    python bench/bench_step.py --methods trades,dtrades --archs resnet18 --sizes 16x32 --rounds 9
 
-- the monitor: a step of TRADES with it and without, where nobody looks at the attack's gradients or at the figures;
-- D-TRADES' sensitivity at the final images and at the attack's last step.
+Providers, whose steps take turns on the same synthetic images of CIFAR-10's size:
 
-With ``--run RUN`` it also says how far the two sensitivities agree on the validation images of a trained run, as the
-rank correlation (Spearman).
+- ``textbook``: the published order of things in plain PyTorch, see textbook.py;
+- ``ours``: the trainer as it is by default; ``ours+compile``: with ``--compile``;
+- ``floor``: the bare network passes of ours, without anything else: K (D-TRADES: one more) forward and backward passes
+  to the images, the clean prediction, the outer passes and their backward to the weights.
+
+Reported are the median of the turns, the ratio to the textbook, what is beyond the floor, the share of each part of a
+step, and memory: the most that a process of its own holds in a step beyond what it held before the network was made,
+with an allocator that gives back at once what is freed.
 """
 
 from __future__ import annotations
 
-from harness import Effort, device, measure, pinned  # isort: skip  # first: it makes room for the standard library
+from harness import FREEING, RESULTS, cpu_model, memory_mib, pinned, some_of  # isort: skip  # first: see harness.py
 
 import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from steps import at_least, make_trainer
-from torch import Tensor
+from textbook import Textbook
 
-from dtrades_fast import defenses, models, rng
-from dtrades_fast.attacks import PGD, Model
-from dtrades_fast.defenses import Batch, Crafted, Defense
-from dtrades_fast.evaluation.evaluate import TrainedRun, load_run
-from dtrades_fast.training.run_folder import RunFolder
+from dtrades_fast import defenses, environment, profiling, rng
+from dtrades_fast.training import schedules
+from dtrades_fast.training.checkpoint import write_text
 from dtrades_fast.training.trainer import Trainer
 
+METHODS = ("trades", "dtrades", "at", "mart", "faal")
+ARCHS = ("resnet18", "vgg16")
+SIZES = ("16x32", "16x128", "64x32")  #: width x batch size
+PROVIDERS = ("textbook", "ours", "ours+compile", "floor")
+PARTS = ("data", "attack", "forward", "backward", "optimizer", "figures")
+COLUMNS = ("method", "arch", "width", "batch", "provider", "seconds", "ratio", "beyond_floor", "peak_mib", *PARTS)
+#: D-TRADES after its calibration.
+GIVEN: dict[str, dict[str, Any]] = {"dtrades": {"lambda_alpha": 1.0, "lambda_beta": 1.0}}
+FILE_WIDTH = 160
 
-def trainer(options: argparse.Namespace, method: str, **given: object) -> Trainer:
-    made = make_trainer(argparse.Namespace(**{**vars(options), "method": method}))
+Step = Callable[[], None]
+
+
+# ---- the providers -------------------------------------------------------------------------------------------------
+
+
+def make_step(options: argparse.Namespace, provider: str, method: str, arch: str, size: str) -> Step:
+    width, batch = map(int, size.split("x"))
+    method, _, sensitivity = method.partition("/")
+    made = make_trainer(
+        argparse.Namespace(
+            method=method,
+            arch=arch,
+            width=width,
+            batch_size=batch,
+            attack_steps=options.attack_steps,
+            threads=options.threads,
+            device=options.device,
+            precision="fp32",
+            data="synthetic",
+            steps=options.rounds + 3,
+            warmup=0,
+            compiled=provider == "ours+compile",
+        )
+    )
+    given = dict(GIVEN.get(method, {}), **({"sensitivity_at": sensitivity} if sensitivity else {}))
     made.defense = defenses.create(method, made.threat, **given)
-    return made
-
-
-def unwatched(made: Trainer) -> Trainer:
-    """The same trainer of TRADES without a monitor."""
-    threat = made.threat
-    attack = PGD(threat.epsilon, threat.steps, threat.step_size, threat.norm, objective="kl", start="gaussian")
-
-    def craft(model: Model, batch: Batch) -> Crafted:
-        return Crafted(attack(model, batch.images, batch.labels, index=batch.index, key=batch.key))
-
-    made.defense.craft = craft  # type: ignore[method-assign]
-    made.monitor.add = lambda *_: None  # type: ignore[method-assign,assignment]
-    return made
-
-
-def step_of(made: Trainer) -> Callable[[], None]:
+    if provider == "textbook":
+        return textbook(made, method)
+    if provider == "floor":
+        return floor(made)
     network = made.network(made.model)
-
-    def step() -> None:
-        made.step = 0  # the same batch again
-        made.train_step(network)
-
-    return step
+    return lambda: made.train_step(network)
 
 
-def trainers(options: argparse.Namespace) -> dict[str, Trainer]:
-    given = {"lambda_alpha": 1.0, "lambda_beta": 1.0}
-    return {
-        "trades without monitor": unwatched(trainer(options, "trades")),
-        "trades": trainer(options, "trades"),
-        "dtrades, sensitivity at last_step": trainer(options, "dtrades", sensitivity_at="last_step", **given),
-        "dtrades, sensitivity at final": trainer(options, "dtrades", **given),
-    }
+def textbook(made: Trainer, method: str) -> Step:
+    model = made.model.to(memory_format=torch.contiguous_format)
+    optimizer = schedules.create_optimizer(made.config.optimization, model.parameters())
+    step = Textbook(method, model, optimizer, made.threat)
+
+    def run() -> None:
+        images, labels, ids = made.batches.get(0, 0)
+        step.step(images.contiguous(), labels, ids, rng.key(0, "bench"))
+
+    return run
 
 
-# ---- the two sensitivities -----------------------------------------------------------------------------------------
+def floor(made: Trainer) -> Step:
+    """The passes of the method's step: through the network under attack, and through the one that is trained."""
+    images, _, _ = made.batches.get(0, 0)
+    method, network = made.defense, made.network(made.model)
+    base = method.base() if isinstance(method, defenses.REGISTRY["faal"]) else method  # type: ignore[attr-defined]
+    final = getattr(method, "sensitivity_at", None) == "final"
+    outer = 1 if base.name == "at" else 2
+    attacked = made.attacked
+
+    def run() -> None:
+        attacked.eval()
+        if base.name in ("trades", "dtrades"):
+            with torch.no_grad():
+                attacked(images)
+        for _ in range(made.threat.steps + final):
+            adv = images.detach().requires_grad_()
+            logits = attacked(adv)
+            torch.autograd.grad(logits, adv, torch.ones_like(logits))
+        network.train()
+        logits = [network(images) for _ in range(outer)]
+        torch.autograd.backward(logits, [torch.ones_like(each) for each in logits])
+        made.optimizer.zero_grad(set_to_none=True)
+
+    return run
 
 
-def sensitivities(run: TrainedRun, where: str) -> Tensor:
-    """``||grad KL||`` of each validation image, taken where training would take it, [N]."""
-    images = run.sets.validation
-    defense: Defense = defenses.create("dtrades", run.config.threat(), sensitivity_at=where)
-    key, parts = rng.key(run.config.run.seed, "bench"), []
-    for first in range(0, len(images), 100):
-        part = slice(first, first + 100)
-        batch = Batch(images.images(part), images.labels[part], images.ids[part], key)
-        watch = defense.craft(run.model, batch).watch
-        assert watch is not None
-        assert watch.stats is not None
-        parts.append(watch.stats.l2)
-    return torch.cat(parts)
+# ---- measuring -----------------------------------------------------------------------------------------------------
 
 
-def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's, for values without ties."""
-    ranks = torch.stack((a.argsort().argsort(), b.argsort().argsort())).double()
-    return torch.corrcoef(ranks)[0, 1].item()
+class Parts:
+    """Seconds of the outermost ranges of a step, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._depth = 0
+
+    @contextmanager
+    def range(self, name: str) -> Iterator[None]:
+        self._depth += 1
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+def time_case(options: argparse.Namespace, method: str, arch: str, size: str) -> list[dict[str, Any]]:
+    """A row per provider."""
+    steps = {provider: make_step(options, provider, method, arch, size) for provider in options.providers}
+    warmup = {provider: timed(step) for provider, step in steps.items()}
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {provider: [] for provider in steps}
+    for _ in range(options.rounds):
+        for provider, step in steps.items():
+            seconds[provider].append(timed(step))
+    medians = {provider: statistics.median(values) for provider, values in seconds.items()}
+    width, batch = size.split("x")
+    rows = []
+    for provider, step in steps.items():
+        row: dict[str, Any] = {"method": method, "arch": arch, "width": width, "batch": batch, "provider": provider}
+        row |= {"seconds": medians[provider], "warmup_seconds": warmup[provider]}
+        if "textbook" in medians:
+            row["ratio"] = medians["textbook"] / medians[provider]
+        if "floor" in medians:
+            row["beyond_floor"] = medians[provider] / medians["floor"] - 1
+        if provider.startswith("ours"):
+            row |= shares(step)
+        rows.append(row)
+    return rows
+
+
+def timed(step: Step) -> float:
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def shares(step: Step) -> dict[str, float]:
+    """Part of a step -> its share of the time."""
+    parts = Parts()
+    profiling.enable(parts.range)
+    try:
+        seconds = timed(step)
+    finally:
+        profiling.disable()
+    return {name: parts.seconds.get(name, 0.0) / seconds for name in PARTS}
+
+
+def peak_mib(options: argparse.Namespace, provider: str, method: str, arch: str, size: str) -> float:
+    command = [sys.executable, __file__, "--child", provider, "--methods", method, "--archs", arch, "--sizes", size]
+    command += ["--threads", str(options.threads), "--attack-steps", str(min(options.attack_steps, 2))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **FREEING})
+    return float(done.stdout.splitlines()[-1])
+
+
+def child(options: argparse.Namespace) -> float:
+    """Peak memory of a second step, in MiB."""
+    torch.ones(1).requires_grad_().sum().backward()  # what autograd loads once
+    before = memory_mib("VmRSS")
+    step = make_step(options, options.child, options.methods[0], options.archs[0], options.sizes[0])
+    step()
+    memory_mib("VmRSS", forget_peak=True)
+    step()
+    return memory_mib("VmHWM") - before
 
 
 # ---- command line --------------------------------------------------------------------------------------------------
@@ -99,36 +215,87 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, count = parser.add_argument, at_least(1)
-    add("--arch", choices=models.names(), default="resnet18", help="network (default: resnet18)")
-    add("--width", type=count, help="channels of its first stage (default: as published)")
-    add("--batch-size", type=count, default=128, help="images per step (default: 128)")
-    add("--attack-steps", type=count, default=10, help="steps of the attack (default: 10)")
-    add("--rounds", type=count, default=10, help="turns, one step of each trainer timed per turn (default: 10)")
-    add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--threads", type=count, default=1, help="CPU threads (default: 1)")
-    add("--run", type=Path, help="folder of a trained run whose sensitivities are compared")
+    methods = (*METHODS, "dtrades/last_step")
+    add("--methods", type=some_of("method", methods), default=list(methods), help="dtrades/last_step: its sensitivity")
+    add("--archs", type=some_of("architecture", ARCHS), default=list(ARCHS))
+    add("--sizes", type=some_of("size", SIZES), default=list(SIZES), help="width x batch size")
+    add("--providers", type=some_of("provider", PROVIDERS), default=list(PROVIDERS))
+    add("--attack-steps", type=count, default=10)
+    add("--rounds", type=count, default=3, help="turns, one step of each provider timed per turn (default: 3)")
+    add("--threads", type=count, default=environment.physical_cores())
+    add("--output", type=Path, default=RESULTS, help="folder of step.csv and step.json")
+    add("--child", choices=PROVIDERS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    made_up = {"precision": "auto", "data": "synthetic", "data_root": "data", "steps": 20, "warmup": 0}
-    return argparse.Namespace(**vars(options), **made_up)
+    options.device = "cpu"
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    if options.child:
+        print(child(options))
+        return 0
+    console = Console()
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    rows: list[dict[str, Any]] = []
     with pinned(options.threads):
-        steps = {name: step_of(made) for name, made in trainers(options).items()}
-        effort = Effort(rounds=options.rounds, calls_per_round=1)
-        timings = measure(steps, options.device, effort)
-    plain = timings["trades without monitor"].median_us
-    print(f"{options.arch}, {options.batch_size} images, {options.attack_steps} attack steps, {options.device}")
-    for name, timing in timings.items():
-        low, high = timing.p20_us / plain, timing.p80_us / plain
-        print(f"{name:36} {timing.median_us / plain:.3f}  (20th to 80th percentile {low:.3f} to {high:.3f})")
-    if options.run is not None:
-        run = load_run(RunFolder(options.run), "best", None, str(options.device), None)
-        a, b = (sensitivities(run, where) for where in ("final", "last_step"))
-        print(f"rank correlation of the sensitivity at final and last_step: {rank_correlation(a, b):.3f}")
-        print(f"their means: {a.mean():.4g} and {b.mean():.4g}")
+        for size in options.sizes:
+            for arch in options.archs:
+                for method in options.methods:
+                    rows += time_case(options, method, arch, size)
+                    for row in rows[-len(options.providers) :]:
+                        if row["provider"] in ("textbook", "ours"):
+                            row["peak_mib"] = peak_mib(options, row["provider"], method, arch, size)
+                    console.print(line(rows[-len(options.providers) :]), highlight=False, soft_wrap=True)
+                    write(options, rows)
+    console.print(table(rows))
+    for row in rows:
+        if row["provider"].startswith("ours") and "ratio" in row:
+            console.print(
+                f"{row['method']} {row['arch']} width {row['width']} batch {row['batch']} {row['provider']}: "
+                f"{row['ratio']:.2f}x",
+                highlight=False,
+            )
     return 0
+
+
+def line(rows: Sequence[dict[str, Any]]) -> str:
+    case = "{method} {arch} width {width} batch {batch}".format(**rows[0])
+    return f"{case}: " + ", ".join(f"{row['provider']} {row['seconds']:.3g} s" for row in rows)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    view = Table(title="One training step, CPU")
+    names = ("method", "arch", "width", "batch", "provider", "seconds", "ratio", "beyond floor", "peak MiB", *PARTS)
+    for name in names:
+        view.add_column(name, justify="left" if name in ("method", "arch", "provider") else "right")
+    for row in rows:
+        view.add_row(
+            *(str(row[name]) for name in names[:5]),
+            f"{row['seconds']:.3g}",
+            shown(row, "ratio", "{:.2f}"),
+            shown(row, "beyond_floor", "{:+.1%}"),
+            shown(row, "peak_mib", "{:.0f}"),
+            *(shown(row, part, "{:.1%}") for part in PARTS),
+        )
+    return view
+
+
+def shown(row: dict[str, Any], name: str, form: str) -> str:
+    return form.format(row[name]) if name in row else "-"
+
+
+def write(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
+    options.output.mkdir(parents=True, exist_ok=True)
+    with (options.output / "step.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, (*COLUMNS, "warmup_seconds"), restval="")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()})
+    about = {name: getattr(options, name) for name in ("attack_steps", "rounds", "threads")}
+    about |= {"processor": cpu_model(), "torch": torch.__version__, "commit": environment.git_commit()}
+    write_text(options.output / "step.json", json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,9 @@ HEAD_START = 300_000
 #: Calls to send off at a time: a stream takes about 1,000 launches, and a call in plain PyTorch may be 20.
 IN_FLIGHT = 40
 
+#: Of glibc's allocator: blocks from 64 KiB on are the system's own, and free memory is given back.
+FREEING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
 Call = Callable[[], object]
 
 
@@ -170,6 +173,19 @@ def _set_affinity(cpus: set[int]) -> None:
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(ProcessLookupError):  # a thread that has just ended
             os.sched_setaffinity(int(task.name), cpus)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+def memory_mib(field: str, *, forget_peak: bool = False) -> float:
+    """This process' memory now (VmRSS) or at its highest (VmHWM), in MiB; 0 where the system does not say."""
+    status, forget = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not status.is_file():
+        return 0.0
+    if forget_peak:
+        forget.write_text("5")
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field)) / 1024
 
 
 # ---- options -----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from steps import at_least, make_trainer
 from torch.autograd.profiler_util import FunctionEvent
 
 from dtrades_fast import config, defenses, environment, models, profiling
+from dtrades_fast.models.attack_network import Compiled
 from dtrades_fast.training.trainer import Trainer
 
 STEP = "step"  #: the range around a whole step
@@ -38,10 +39,11 @@ LINE = "{:44} {:>7} {:>10} {:>7}"
 
 
 def make_step(trainer: Trainer, backend: str | None) -> Callable[[], None]:
-    """One training step, in its range; the network compiled by that backend of torch.compile."""
+    """One training step, in its range; both networks compiled by that backend of torch.compile."""
     network = trainer.network(trainer.model)
     if backend is not None:
-        network = torch.compile(network, fullgraph=True, backend=backend)
+        network = Compiled(network, backend)
+        trainer.attacked.network = Compiled(trainer.attacked.network, backend)
 
     def step() -> None:
         with profiling.span(STEP):

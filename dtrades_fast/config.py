@@ -24,7 +24,20 @@ import yaml
 from dtrades_fast import defenses, environment
 from dtrades_fast.pixels import pixels
 
-__all__ = ["Attack", "Config", "Data", "Defense", "Model", "Optimization", "Run", "load", "option", "parse", "profiles"]
+__all__ = [
+    "Attack",
+    "Config",
+    "Data",
+    "Defense",
+    "Model",
+    "Optimization",
+    "Run",
+    "Speed",
+    "load",
+    "option",
+    "parse",
+    "profiles",
+]
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_METHOD = "dtrades"
@@ -136,6 +149,18 @@ class Optimization:
 
 
 @dataclass
+class Speed:
+    """How the network is run; the results are the same within rounding."""
+
+    fold_batchnorm: bool = True
+    """Attack the network with BatchNorm folded into its convolutions."""
+    channels_last: bool = True
+    """Keep images and activations in the channels-last memory format."""
+    compile: bool = False
+    """Compile the network with torch.compile, which takes a minute or two and needs a C++ compiler on a CPU."""
+
+
+@dataclass
 class Run:
     """Where the run is kept, and what it runs on."""
 
@@ -230,6 +255,7 @@ class Config:
     defense: Defense = field(default_factory=Defense)
     attack: Attack = field(default_factory=Attack)
     optimization: Optimization = field(default_factory=Optimization)
+    speed: Speed = field(default_factory=Speed)
     run: Run = field(default_factory=Run)
 
     @property
@@ -324,6 +350,8 @@ class Config:
             raise ValueError("--schedule step needs --milestones, the epochs after which the learning rate drops")
         if optimization.nesterov and (optimization.optimizer != "sgd" or optimization.momentum == 0):
             raise ValueError("--nesterov needs --optimizer sgd and a --momentum above 0")
+        if self.speed.compile and self.method_options.get("lambda_gradient") == "full":
+            raise ValueError("--lambda-gradient full differentiates twice, which a network under --compile cannot")
         if run.resume and run.overwrite:
             raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of the two")
         if not re.fullmatch(r"[\w][\w.+=-]*", self.run_name):

@@ -316,7 +316,7 @@ def test_low_precision_is_checked_in_full(monkeypatch: pytest.MonkeyPatch) -> No
             got = run.attack(str(attack), attack, natural)
             standing[precision, attack], refuted = got.standing, refuted + got.refuted
     assert run.how.endswith(", bf16")
-    assert run.search.network.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert run.search.network.network.dtype == torch.bfloat16  # type: ignore[union-attr]
     dtypes = {type(m): next(m.parameters()).dtype for m in run.search.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     assert dtypes == {nn.Conv2d: torch.bfloat16, nn.Linear: torch.float32}  # and the logits are not rounded
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())

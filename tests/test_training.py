@@ -237,7 +237,7 @@ def test_weights_that_are_not_finite_are_never_saved(
         step(self, *args, **kwargs)
         broken.calls += 1  # type: ignore[attr-defined]
         if broken.calls == 6:  # type: ignore[attr-defined]
-            self.param_groups[0]["params"][0].data.view(-1)[0] = math.inf
+            self.param_groups[0]["params"][0].data[0, 0, 0, 0] = math.inf
 
     broken.calls = 0  # type: ignore[attr-defined]
     monkeypatch.setattr(torch.optim.SGD, "step", broken)

@@ -9,13 +9,12 @@ they found after every part.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +24,8 @@ from dtrades_fast.attacks import Attack
 from dtrades_fast.attacks.base import Model, frozen
 from dtrades_fast.data import ImageSet
 from dtrades_fast.evaluation.suites import Norm
-from dtrades_fast.models.folding import LOGIT_TOLERANCE, fold, logits_and_gradients
-from dtrades_fast.models.precision import HALF, Autocast, cast_once
+from dtrades_fast.models.attack_network import AttackNetwork, Precision
+from dtrades_fast.models.folding import LOGIT_TOLERANCE
 from dtrades_fast.training import checkpoint
 
 __all__ = ["Cost", "Engine", "Outcome", "Progress"]
@@ -255,28 +254,15 @@ class Engine:
         batch_size: int,
         progress: Progress | None = None,
         fast: bool = True,
-        precision: Literal["fp32", "fp16", "bf16"] = "fp32",
+        precision: Precision = "fp32",
     ):
         self.images, self.key, self.batch_size = images, key, batch_size
         self.progress = progress or Progress(None, {})
         self.model = Counted(model.eval())
         few = self.batch(torch.arange(min(8, len(images))))[0]
-        folded = fold(model, few) if fast else None
-        self.layout = torch.contiguous_format if folded is None else torch.channels_last
-        searched: nn.Module = model if folded is None else folded.to(memory_format=torch.channels_last)
-        self.how = "the network itself"
-        if folded is not None:
-            self.how = f"BatchNorm folded ({folded.folded} of {folded.folded + folded.kept}), channels last"
-        if precision != "fp32":
-            cast = searched if folded is None else cast_once(copy.deepcopy(folded), HALF[precision])
-            half = Autocast(cast, str(images.labels.device), HALF[precision]).eval()
-            logits, gradients = logits_and_gradients(half, self.laid_out(few))
-            if logits.isfinite().all() and gradients.isfinite().all():
-                searched = half
-                self.how += f", {precision}"
-            else:
-                self.how += f", fp32 since {precision} overflows"
-        self.search = self.model if searched is model else Counted(searched, self._logits)
+        form = AttackNetwork(model, few, folded=fast, channels_last=fast, precision=precision)
+        self.layout, self.how = form.layout, form.how
+        self.search = self.model if form.plain else Counted(form, self._logits)
 
     def natural(self) -> Tensor:
         """Whether each image is classified correctly, [N], bool, on the host."""

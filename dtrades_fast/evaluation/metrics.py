@@ -10,12 +10,20 @@ from torch import Tensor, nn
 
 from dtrades_fast.attacks import Attack
 from dtrades_fast.data import ImageSet
+from dtrades_fast.models.attack_network import AttackNetwork
 
 __all__ = ["Robustness", "accuracy", "correct", "per_class", "robustness"]
 
 
-def correct(model: nn.Module, images: ImageSet, attack: Attack | None, key: int, batch_size: int) -> Tensor:
-    """Whether each image is classified correctly, after the attack if one is given.
+def correct(
+    model: nn.Module,
+    images: ImageSet,
+    attack: Attack | None,
+    key: int,
+    batch_size: int,
+    form: AttackNetwork | None = None,
+) -> Tensor:
+    """Whether each image is classified correctly, after the attack if one is given, on a form of the model if given.
 
     The model is put in eval mode. Random numbers belong to samples, so the flags do not depend on the batch size.
 
@@ -28,7 +36,8 @@ def correct(model: nn.Module, images: ImageSet, attack: Attack | None, key: int,
         part = slice(begin, begin + batch_size)
         x, labels = images.images(part), images.labels[part]
         if attack is not None:
-            x = attack(model, x, labels, index=images.ids[part], key=key)
+            attacked = x if form is None else x.contiguous(memory_format=form.layout)
+            x = attack(form or model, attacked, labels, index=images.ids[part], key=key)
         with torch.no_grad():
             flags.append(model(x).argmax(1) == labels)
     return torch.cat(flags).cpu()

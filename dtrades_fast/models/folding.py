@@ -77,6 +77,11 @@ class FoldedNetwork(nn.Module):
             own.weight.copy_(weight)
             cast(Tensor, own.bias).copy_(bias)
 
+    @property
+    def own_layers(self) -> list[Layer]:
+        """The layers with weights of their own, which :meth:`refresh` writes; all others share the model's."""
+        return [own for _, _, own in self._pairs]
+
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
 

@@ -46,16 +46,16 @@ class Float32(nn.Module):
 def cast_once(network: FoldedNetwork, dtype: torch.dtype) -> FoldedNetwork:
     """The network made ready for :class:`Autocast`, in place.
 
-    The convolutions' weights are cast here, not in each pass, and a linear layer that gives the logits stays in
+    The folded convolutions' weights are cast here, not in each pass, and a linear layer that gives the logits stays in
     float32: its rounding, of 1 to 255 for bfloat16, would hide what a small step of an attack gains.
     """
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.to(dtype)
+    for layer in network.own_layers:
+        if isinstance(layer, nn.Conv2d):
+            layer.to(dtype)
     graph = network.network.graph
     (last,) = graph.output_node().args
     if isinstance(last, torch.fx.Node) and last.op == "call_module":
-        layer = network.network.get_submodule(str(last.target))
-        if isinstance(layer, nn.Linear):
-            network.network.set_submodule(str(last.target), Float32(layer))
+        logits = network.network.get_submodule(str(last.target))
+        if isinstance(logits, nn.Linear):
+            network.network.set_submodule(str(last.target), Float32(logits))
     return network

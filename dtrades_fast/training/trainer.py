@@ -31,6 +31,7 @@ from dtrades_fast.attacks import PGD
 from dtrades_fast.config import Config
 from dtrades_fast.defenses import Batch, Loss, Threat
 from dtrades_fast.evaluation import metrics
+from dtrades_fast.models.attack_network import AttackNetwork, Compiled
 from dtrades_fast.models.precision import HALF, Autocast
 from dtrades_fast.models.weights import freeze_backbone, load_init_weights
 from dtrades_fast.profiling import span
@@ -43,6 +44,7 @@ from dtrades_fast.training.run_folder import RunFolder
 
 __all__ = ["Interrupted", "Trainer", "TrainingError", "train"]
 
+SAMPLE = 8  #: images that the form of the network under attack is compared on
 MEASURED_STEPS = 3  #: timed for the expectation, after one that warms up
 LOOK_STEPS = 100  #: on a GPU, steps between looks for a loss that is not finite
 SMALLEST_SCALE = 2.0**-14  #: of the loss in fp16, 30 steps without an update below where it begins
@@ -65,8 +67,16 @@ class Interrupted(Exception):  # noqa: N818 (it is no error)
 class Batches:
     """The mini-batches of training: batch ``i`` of an epoch is a function of the seed, the epoch and ``i``."""
 
-    def __init__(self, images: data.ImageSet, batch_size: int, seed: int, augmentation: data.Augmentation | None):
+    def __init__(
+        self,
+        images: data.ImageSet,
+        batch_size: int,
+        seed: int,
+        augmentation: data.Augmentation | None,
+        layout: torch.memory_format = torch.contiguous_format,
+    ):
         self.images, self.batch_size, self.seed, self.augmentation = images, batch_size, seed, augmentation
+        self.layout = layout
         self.highest_id = int(images.ids.max())
         self.epoch = -1
 
@@ -86,7 +96,8 @@ class Batches:
         ids, pixels = self.images.ids[chosen], self.images.images_uint8[chosen]
         if self.augmentation is not None:
             pixels = self.augmentation.apply(pixels, self.offsets[ids])
-        return data.to_float(pixels), self.images.labels[chosen], ids
+        images = data.to_float(pixels).contiguous(memory_format=self.layout)
+        return images, self.images.labels[chosen], ids
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
@@ -111,8 +122,10 @@ class Trainer:
         self.model = create_model(config, sets.info).to(self.device)
         if config.model.freeze_backbone:
             freeze_backbone(self.model)
+        self.layout = torch.channels_last if config.speed.channels_last else torch.contiguous_format
+        self.model.to(memory_format=self.layout)
         augmentation = sets.info.augmentation if config.data.augmentation == "dataset" else None
-        self.batches = Batches(sets.train, options.batch_size, seed, augmentation)
+        self.batches = Batches(sets.train, options.batch_size, seed, augmentation, self.layout)
         self.total_steps = options.epochs * len(self.batches)
         self.threat = config.threat()
         self.defense = config.make_defense()
@@ -129,6 +142,8 @@ class Trainer:
         self.monitor = Monitor(len(sets.info.classes), config.attack.masking_noise, self.device)
         self.tracker = tracking.create(config.run.track, folder.tensorboard)
         self.reading_waits = kind == "cuda"
+        self.attacked = self.attack_network(self.model)
+        self.validated = self.attacked if self.ema is None else self.attack_network(self.ema.module)
         self.epoch_seconds = 0.0
         self.best: dict[str, float] | None = None  # epoch, na and ra of the best validation
 
@@ -187,7 +202,8 @@ class Trainer:
         self.defense.threat = self.threat_at(self.step)
         network.train()
         with span("attack"):
-            crafted = self.defense.craft(network, batch)
+            self.attacked.refresh()
+            crafted = self.defense.craft(self.attacked, batch)
         if crafted.watch is not None:
             crafted.adv.requires_grad_()  # for the monitor
         with span("forward"):
@@ -221,9 +237,22 @@ class Trainer:
             self.ema.update_parameters(self.model)
 
     def network(self, model: nn.Module) -> nn.Module:
-        """What is called: the model, in mixed precision if that is on."""
+        """What the loss calls: the model, in mixed precision and compiled if that is on."""
         dtype = HALF.get(self.config.optimization.precision)
-        return model if dtype is None else Autocast(model, self.device, dtype)
+        network = model if dtype is None else Autocast(model, self.device, dtype)
+        return Compiled(network) if self.config.speed.compile else network
+
+    def attack_network(self, model: nn.Module) -> AttackNetwork:
+        """What attacks call: a form of the model, up to date until the model changes."""
+        speed, images = self.config.speed, self.sets.train.images(slice(SAMPLE))
+        return AttackNetwork(
+            model,
+            images,
+            folded=speed.fold_batchnorm,
+            channels_last=speed.channels_last,
+            precision=self.config.optimization.precision,  # type: ignore[arg-type]  # resolved, no longer auto
+            compiled=speed.compile,
+        )
 
     def threat_at(self, step: int) -> Threat:
         """The attack at a step: epsilon and step size grow within the ramp."""
@@ -338,9 +367,12 @@ class Trainer:
         attack = PGD(self.threat.epsilon, self.config.attack.validation_steps, norm=self.threat.norm)
         key = rng.key(self.config.run.seed, "validation")
         size = self.config.optimization.batch_size
-        network = self.network(self.deployed())
-        na = metrics.accuracy(metrics.correct(network, images, None, key, size))
-        return na, metrics.accuracy(metrics.correct(network, images, attack, key, size))
+        self.validated.refresh()
+        na, ra = (
+            metrics.accuracy(metrics.correct(self.deployed(), images, attacked, key, size, self.validated))
+            for attacked in (None, attack)
+        )
+        return na, ra
 
     # State
 
