@@ -133,7 +133,8 @@ def _report(error: Exception) -> int:
     """One message on stderr. Options that are not possible are ValueErrors; all else is a failure."""
     foreseen = isinstance(error, (ValueError, OSError, RuntimeError, ModuleNotFoundError))
     message = str(error) if foreseen else f"{type(error).__name__}: {error} (--debug shows where)"
-    print(f"error: {message}", file=sys.stderr)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    print(f"error{' in process ' + os.environ.get('RANK', '?') if several else ''}: {message}", file=sys.stderr)
     return 2 if isinstance(error, ValueError) else 1
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 import tyro
 import yaml
 
-from dtrades_fast import defenses, environment
+from dtrades_fast import defenses, environment, processes
 from dtrades_fast.pixels import pixels
 
 __all__ = [
@@ -294,7 +294,7 @@ class Config:
         run = dataclasses.replace(
             self.run,
             device=environment.device(self.run.device),
-            threads=self.run.threads or environment.physical_cores(),
+            threads=self.run.threads or max(1, environment.physical_cores() // processes.on_this_machine()),
         )
         precision = environment.precision(self.optimization.precision, run.device)
         optimization = dataclasses.replace(self.optimization, precision=precision)

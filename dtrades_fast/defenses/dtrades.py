@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dtrades_fast import processes
 from dtrades_fast.attacks import Model, eval_mode
 from dtrades_fast.defenses.base import Batch, BNMode, Crafted, Defense, Loss, outer_forward, register
 from dtrades_fast.defenses.trades import weighted_kl
@@ -174,7 +175,7 @@ class DTRADES(Defense):
         """The one time that the host reads what the device has computed."""
         if not self._recent:
             raise RuntimeError("nothing to calibrate lambda with: training began behind the warm-up")
-        samples, entropy, sensitivity = torch.stack(tuple(self._recent)).sum(0).tolist()
+        samples, entropy, sensitivity = processes.total(torch.stack(tuple(self._recent)).sum(0)).tolist()
         if not (entropy > 0 and sensitivity > 0):
             raise RuntimeError(
                 f"lambda cannot be calibrated: after the warm-up the mean entropy is {entropy / samples:.3g} nats and "
@@ -201,12 +202,14 @@ class DTRADES(Defense):
         return {} if alpha is None or beta is None else {"lambda_alpha": alpha, "lambda_beta": beta}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": list(self._weights), "recent": list(self._recent)}
+        """With the sums of all processes."""
+        return {"weights": list(self._weights), "recent": [processes.total(sums) for sums in self._recent]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The first process takes the sums; those of the others begin anew."""
         alpha, beta = state["weights"]
         self._weights = (alpha, beta)
-        self._recent.extend(state["recent"])
+        self._recent.extend(sums * (processes.rank() == 0) for sums in state["recent"])
 
 
 def kl_gradient_in_graph(model: nn.Module, images: Tensor, adv: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dtrades_fast import processes
 from dtrades_fast.attacks import Model
 from dtrades_fast.defenses.at import AT
 from dtrades_fast.defenses.base import Batch, BNMode, Crafted, Defense, Loss, register
@@ -86,10 +87,14 @@ class FAAL(Defense):
 
 
 def class_means(values: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Samples per class and the mean of their values, [classes] each, float64; the mean of no sample is 0."""
-    zeros = torch.zeros(classes, dtype=torch.float64, device=values.device)
-    counts = zeros.index_add(0, labels, torch.ones_like(values, dtype=torch.float64))
-    return counts, zeros.index_add(0, labels, values.double()) / counts.clamp(min=1)
+    """Samples per class and the mean of their values, [classes] each, float64; the mean of no sample is 0.
+
+    Of several processes, each of which has a part of the batch, all count.
+    """
+    zeros = torch.zeros(2, classes, dtype=torch.float64, device=values.device)
+    one_and_value = torch.stack((torch.ones_like(values), values)).double()
+    counts, sums = processes.total(zeros.index_add(1, labels, one_and_value))
+    return counts, sums / counts.clamp(min=1)
 
 
 def class_weights(values: Tensor, considered: Tensor, radius: float) -> Tensor:

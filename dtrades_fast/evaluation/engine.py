@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dtrades_fast import processes
 from dtrades_fast.attacks import Attack
 from dtrades_fast.attacks.base import Model, frozen
 from dtrades_fast.data import ImageSet
@@ -114,7 +115,7 @@ class Progress:
         self, folder: Path | None, fingerprint: dict[str, Any], *, resume: bool = False, overwrite: bool = False
     ):
         self.folder, self.fingerprint, self._resume = folder, fingerprint, resume
-        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.processes = processes.rank(), processes.count()
         self.values: dict[str, Tensor] = {}
         self._own: dict[str, Cost] = {}  # of this process; with what earlier sessions took, in the first one
         self._all: dict[str, Cost] = {}  # of all processes, once they have shared it
@@ -145,21 +146,17 @@ class Progress:
         if self._begun or self.folder is None:
             return
         self._begun = True
-        self._wait()  # until all have read
+        processes.wait()  # until all have read
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.remove_leftovers(self.folder)
             self.save()  # with what was in the others' files
             self._remove(keep=[self._file, *(self.folder.glob("*.kept") if self._resume else ())])
-        self._wait()
+        processes.wait()
 
     def _merge(self, name: str, numbers: Tensor) -> None:
         mine = self.of(name, len(numbers))
         mine.copy_(torch.where(mine.isnan(), numbers, mine))
-
-    def _wait(self) -> None:
-        if self.processes > 1:
-            dist.barrier()
 
     def of(self, name: str, count: int) -> Tensor:
         """The numbers of that name, [count], float64."""
@@ -176,8 +173,7 @@ class Progress:
         """Tell the other processes what this one has found, and take over what they have. They all must call it."""
         if self.processes == 1:
             return
-        everyone: list[Any] = [None] * self.processes
-        dist.all_gather_object(everyone, (self.values[name], self._own.get(name, Cost())))
+        everyone = processes.gathered((self.values[name], self._own.get(name, Cost())))
         for numbers, _ in everyone:
             self._merge(name, numbers)
         self._all[name] = sum((cost for _, cost in everyone), Cost())
@@ -218,7 +214,7 @@ class Progress:
 
     def finish(self) -> None:
         """Forget the files: the result is in other hands. All processes must call it."""
-        self._wait()
+        processes.wait()
         if self.folder is not None and self.rank == 0 and self.folder.is_dir():
             self._remove()
             with suppress(OSError):  # something that is not ours is in it

@@ -5,21 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-import torch.distributed as dist
 import tyro
 from rich.console import Console
 
 import dtrades_fast
-from dtrades_fast import data, environment, models
+from dtrades_fast import data, environment, models, processes
 from dtrades_fast.config import option
 from dtrades_fast.data import ImageSet
 from dtrades_fast.evaluation import blackbox, metrics, report, suites
@@ -33,8 +29,6 @@ from dtrades_fast.training import checkpoint
 __all__ = ["Options", "RunOptions", "TrainedRun", "evaluate", "find_run", "load_run", "main", "parse"]
 
 FILE_WIDTH = 132  #: characters of the tables where the output is not a terminal
-#: How long processes wait for the slowest one, whose share of a part may take hours on CPUs.
-PATIENCE = timedelta(days=7)
 #: Records that agree in this are of one evaluation.
 PLACE = (
     "dataset",
@@ -134,7 +128,7 @@ Asked = TypeVar("Asked", bound=RunOptions)
 def main(argv: Sequence[str], prog: str) -> int:
     """The sub-command ``evaluate``."""
     options = parse(Options, argv, prog)
-    with processes() as rank:
+    with processes.joined() as rank:
         console = Console(quiet=rank > 0)
         if not console.is_terminal:
             console.width = FILE_WIDTH
@@ -159,19 +153,6 @@ def main(argv: Sequence[str], prog: str) -> int:
     return 0
 
 
-@contextmanager
-def processes() -> Iterator[int]:
-    """This process' number among those that ``torchrun`` started, 0 without it."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield 0
-        return
-    dist.init_process_group("gloo", timeout=PATIENCE)
-    try:
-        yield dist.get_rank()
-    finally:
-        dist.destroy_process_group()
-
-
 def parse(kind: type[Asked], argv: Sequence[str], prog: str) -> Asked:
     """The options of a command on trained runs, with torch set to their number of threads.
 
@@ -188,9 +169,7 @@ def parse(kind: type[Asked], argv: Sequence[str], prog: str) -> Asked:
 
 def device_of(options: RunOptions) -> str:
     """The device asked for; of several processes with GPUs, each its own."""
-    device = environment.device(options.device)
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{int(local) % torch.cuda.device_count()}" if device == "cuda" and local is not None else device
+    return processes.own_device(environment.device(options.device))
 
 
 def load(name: str, options: Options) -> Target:

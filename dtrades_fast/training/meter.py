@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from dtrades_fast import processes
+
 __all__ = ["Meter"]
 
 
@@ -25,10 +27,23 @@ class Meter:
         """Add one batch's values [N]."""
         v = values.detach().double()
         self.latest[name] = v
-        new = torch.stack((torch.full_like(v[0], len(v)), v.sum(), v.square().sum(), v.min(), v.max()))
+        self.add_sums(name, torch.stack((torch.full_like(v[0], len(v)), v.sum(), v.square().sum(), v.min(), v.max())))
+
+    def add_sums(self, name: str, new: Tensor) -> None:
+        """Add what another meter has of a name."""
         if (old := self.sums.get(name)) is not None:
             new = torch.cat((old[:3] + new[:3], torch.minimum(old[3:4], new[3:4]), torch.maximum(old[4:], new[4:])))
         self.sums[name] = new
+
+    def of_all(self) -> Meter:
+        """The sums of all processes."""
+        if processes.count() == 1:
+            return self
+        meter = Meter()
+        for sums in processes.gathered({name: values.cpu() for name, values in self.sums.items()}):
+            for name, values in sums.items():
+                meter.add_sums(name, values)
+        return meter
 
     def latest_mean(self, name: str) -> float:
         """Mean over the batch that was added last."""

@@ -18,12 +18,14 @@ Nothing here makes the host wait for the device: figures are summed there and re
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dtrades_fast import processes
 from dtrades_fast.attacks import GradientStats
 from dtrades_fast.defenses import Crafted, Loss
 from dtrades_fast.training.meter import Meter
@@ -112,7 +114,8 @@ class Monitor:
         learned = robust > chance + LEARNED * (1 - chance)
         flags = {reason: flag & learned for reason, flag in flags.items()}
         masked = torch.stack(tuple(flags.values())).any()
-        self.looks_masked.lerp_(masked.double(), 1 - MEMORY)
+        share = processes.total(masked.double()) / processes.count()  # so that all have the same alarm
+        self.looks_masked.lerp_(share, 1 - MEMORY)
         for reason, flag in {**flags, "alarm": self.alarm}.items():
             self.meter.add(f"masked {reason}", flag[None])
 
@@ -133,7 +136,10 @@ class Monitor:
             self.histograms[name].index_add_(0, correct * (len(EDGES) + 1) + bins, powers[:, 0])
 
     def summary(self) -> dict[str, Any]:
-        """The figures of the epoch for ``metrics.jsonl``; waits for the device."""
+        """The figures of the epoch for ``metrics.jsonl``, of all processes; waits for the device."""
+        return self.of_all()._summary()
+
+    def _summary(self) -> dict[str, Any]:
         figures = {name: values["mean"] for name, values in self.meter.summary().items()}
         result: dict[str, Any] = {}
         for name in ("fosc", "fosc_relative"):
@@ -166,6 +172,19 @@ class Monitor:
 
     def _latest(self, name: str) -> bool:
         return name in self.meter.latest and bool(self.meter.latest[name].any())
+
+    def of_all(self) -> Monitor:
+        """A monitor with the sums of all processes."""
+        if processes.count() == 1:
+            return self
+        merged = copy.copy(self)
+        merged.meter, merged.moments, merged.histograms = self.meter.of_all(), {}, {}
+        sums = {name: (self.moments[name].cpu(), self.histograms[name].cpu()) for name in self.moments}
+        for theirs in processes.gathered(sums):
+            for name, (moments, histogram) in theirs.items():
+                merged.moments[name] = moments + merged.moments.get(name, 0)
+                merged.histograms[name] = histogram + merged.histograms.get(name, 0)
+        return merged
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on."""

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from dtrades_fast import data, environment, models, rng
+from dtrades_fast import data, environment, models, processes, rng
 from dtrades_fast.attacks import PGD
 from dtrades_fast.config import Config
 from dtrades_fast.defenses import Batch, Loss, Threat
@@ -49,6 +49,7 @@ MEASURED_STEPS = 3  #: timed for the expectation, after one that warms up
 LOOK_STEPS = 100  #: on a GPU, steps between looks for a loss that is not finite
 SMALLEST_SCALE = 2.0**-14  #: of the loss in fp16, 30 steps without an update below where it begins
 MASKED = "more attack steps, a larger batch or beta, a lower --lr or --on-masking noise may help"
+LOST = ("peer", "Connection", "Socket", "NCCL")  #: in the messages of gloo and NCCL when a process has ended
 LONG_SECONDS = 30 * 60  #: above it, a run on a CPU is told how to become smaller
 
 
@@ -65,7 +66,10 @@ class Interrupted(Exception):  # noqa: N818 (it is no error)
 
 
 class Batches:
-    """The mini-batches of training: batch ``i`` of an epoch is a function of the seed, the epoch and ``i``."""
+    """The mini-batches of training: batch ``i`` of an epoch is a function of the seed, the epoch and ``i``.
+
+    Of several parts of equal size, one more or less, ``part`` is one: ``(its number, how many)``.
+    """
 
     def __init__(
         self,
@@ -74,9 +78,10 @@ class Batches:
         seed: int,
         augmentation: data.Augmentation | None,
         layout: torch.memory_format = torch.contiguous_format,
+        part: tuple[int, int] = (0, 1),
     ):
         self.images, self.batch_size, self.seed, self.augmentation = images, batch_size, seed, augmentation
-        self.layout = layout
+        self.layout, (self.part, self.parts) = layout, part
         self.highest_id = int(images.ids.max())
         self.epoch = -1
 
@@ -84,8 +89,12 @@ class Batches:
         """Batches per epoch; the last one may be smaller."""
         return math.ceil(len(self.images) / self.batch_size)
 
+    def size(self, i: int) -> int:
+        """Images in batch ``i``, in all its parts."""
+        return min(self.batch_size, len(self.images) - i * self.batch_size)
+
     def get(self, epoch: int, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images in [0, 1], labels and sample ids."""
+        """Images in [0, 1], labels and sample ids; of this part."""
         if epoch != self.epoch:
             device = self.images.labels.device
             self.order = upload(data.epoch_order(len(self.images), self.seed, epoch), device)
@@ -93,6 +102,7 @@ class Batches:
                 self.offsets = upload(self.augmentation.offsets(self.seed, epoch, self.highest_id + 1), device)
             self.epoch = epoch
         chosen = self.order[i * self.batch_size : (i + 1) * self.batch_size]
+        chosen = chosen.tensor_split(self.parts)[self.part]
         ids, pixels = self.images.ids[chosen], self.images.images_uint8[chosen]
         if self.augmentation is not None:
             pixels = self.augmentation.apply(pixels, self.offsets[ids])
@@ -117,7 +127,8 @@ class Trainer:
 
     def __init__(self, config: Config, sets: data.DataSets, folder: RunFolder, console: Console):
         self.config, self.sets, self.folder, self.console = config, sets, folder, console
-        options, seed, self.device = config.optimization, config.run.seed, config.run.device
+        options, seed = config.optimization, config.run.seed
+        self.device = processes.own_device(config.run.device)
         torch.manual_seed(rng.key(seed, "init"))
         self.model = create_model(config, sets.info).to(self.device)
         if config.model.freeze_backbone:
@@ -125,10 +136,19 @@ class Trainer:
         self.layout = torch.channels_last if config.speed.channels_last else torch.contiguous_format
         self.model.to(memory_format=self.layout)
         augmentation = sets.info.augmentation if config.data.augmentation == "dataset" else None
-        self.batches = Batches(sets.train, options.batch_size, seed, augmentation, self.layout)
+        self.batches = Batches(
+            sets.train, options.batch_size, seed, augmentation, self.layout, (processes.rank(), processes.count())
+        )
         self.total_steps = options.epochs * len(self.batches)
+        if (last := self.batches.size(len(self.batches) - 1)) < processes.count():
+            raise ValueError(
+                f"the last batch of an epoch has {last} of {len(sets.train)} images, fewer than {processes.count()} "
+                f"processes: choose another --batch-size than {options.batch_size}"
+            )
         self.threat = config.threat()
         self.defense = config.make_defense()
+        if processes.count() > 1 and getattr(self.defense, "lambda_gradient", None) == "full":
+            raise ValueError("--lambda-gradient full runs in one process only: it differentiates the network twice")
         kind = self.device.split(":")[0]
         scaled = options.precision == "fp16"
         fused = scaled or kind == "cuda"
@@ -183,12 +203,16 @@ class Trainer:
                 if ends_epoch:
                     self.end_epoch(epoch + 1, lr)
                     saved_at = time.monotonic()
-                elif stop or time.monotonic() - saved_at >= 60 * self.config.run.checkpoint_minutes:
+                stopping = processes.any_of(bool(stop))
+                if not ends_epoch and processes.any_of(
+                    stopping or time.monotonic() - saved_at >= 60 * self.config.run.checkpoint_minutes
+                ):
                     self.check_state()
                     self.save(self.folder.last)
                     saved_at = time.monotonic()
-                if stop and self.step < self.total_steps:
-                    raise Interrupted(stop[0], self.interruption(stop[0]))
+                if stopping and self.step < self.total_steps:
+                    signum = stop[0] if stop else signal.SIGTERM  # another process was asked
+                    raise Interrupted(signum, self.interruption(signum))
 
     def train_step(self, network: nn.Module) -> None:
         """The next mini-batch: craft, loss, gradients, update, figures."""
@@ -198,7 +222,7 @@ class Trainer:
         epoch = self.step / len(self.batches)
         noise = self.monitor.noise if self.config.attack.on_masking == "noise" else None
         batch = Batch(images, labels, ids, rng.key(seed, "attack", self.step), epoch, noise)
-        torch.manual_seed(rng.key(seed, "dropout", self.step))
+        torch.manual_seed(rng.key(seed, "dropout", self.step) + processes.rank())
         self.defense.threat = self.threat_at(self.step)
         network.train()
         with span("attack"):
@@ -212,14 +236,26 @@ class Trainer:
             self.check_finite(loss)
         with span("backward"):
             self.optimizer.zero_grad(set_to_none=True)
-            scale = self.scaler.scale(self.one)
-            self.scaler.scale(loss.total).backward()
+            share = len(labels) * processes.count() / self.batches.size(self.step % len(self.batches))
+            scale = self.scaler.scale(self.one) * share  # the mean over processes is that over the batch
+            self.scaler.scale(loss.total * share).backward()
+            self.average_statistics(share)
         with span("optimizer"):
             self.update()
         self.step += 1
         with span("figures"):
             self.measure(loss, labels)
             self.monitor.add(crafted, loss, labels, scale)
+
+    def average_statistics(self, share: float) -> None:
+        """Give all processes the mean of what BatchNorm has seen in each, so that they attack the same network."""
+        if processes.count() == 1:
+            return
+        buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        mean = processes.total(flat * (share / processes.count()))
+        for buffer, values in zip(buffers, mean.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
 
     def update(self) -> None:
         """Weights, loss scale, learning rate and moving average."""
@@ -237,10 +273,13 @@ class Trainer:
             self.ema.update_parameters(self.model)
 
     def network(self, model: nn.Module) -> nn.Module:
-        """What the loss calls: the model, in mixed precision and compiled if that is on."""
+        """What the loss calls: the model, in mixed precision, compiled, with the gradients of all processes."""
         dtype = HALF.get(self.config.optimization.precision)
         network = model if dtype is None else Autocast(model, self.device, dtype)
-        return Compiled(network) if self.config.speed.compile else network
+        network = Compiled(network) if self.config.speed.compile else network
+        if processes.count() == 1:
+            return network
+        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def attack_network(self, model: nn.Module) -> AttackNetwork:
         """What attacks call: a form of the model, up to date until the model changes."""
@@ -320,7 +359,7 @@ class Trainer:
         self.check_state()
         with span("evaluation"):
             na, ra = self.validate()
-        train = self.meter.summary()
+        train, monitored = self.meter.of_all().summary(), self.monitor.summary()
         images_per_second = len(self.sets.train) / self.epoch_seconds
         line: dict[str, Any] = {
             "epoch": epoch,
@@ -332,7 +371,7 @@ class Trainer:
             "seconds": self.epoch_seconds,
             "images_per_second": images_per_second,
             "defense": self.defense.figures(),
-            "monitor": self.monitor.summary(),
+            "monitor": monitored,
         }
         means = " ".join(f"{name} {figures['mean']:.4g}" for name, figures in train.items())
         found = "".join(f" {name} {value:.4g}" for name, value in line["defense"].items())
@@ -342,8 +381,9 @@ class Trainer:
         )
         if alarms := line["monitor"]["alarms"]["steps"]:
             self.progress.print(f"warning: gradients looked masked for {alarms} steps of this epoch: {MASKED}")
-        self.folder.append_metrics(line)
-        self.tracker.add(line)
+        if processes.rank() == 0:
+            self.folder.append_metrics(line)
+            self.tracker.add(line)
         improved = self.best is None or (ra, na) > (self.best["ra"], self.best["na"])
         if improved:
             self.best = {"epoch": epoch, "na": na, "ra": ra}
@@ -352,8 +392,8 @@ class Trainer:
         weights = self.deployed().state_dict()
         if improved:
             self.save(self.folder.best)
-            checkpoint.save_weights(self.folder.best_weights, weights)
-        checkpoint.save_weights(self.folder.weights, weights)
+            self.save_weights(self.folder.best_weights, weights)
+        self.save_weights(self.folder.weights, weights)
         self.save(self.folder.last)
 
     def deployed(self) -> nn.Module:
@@ -367,11 +407,12 @@ class Trainer:
         attack = PGD(self.threat.epsilon, self.config.attack.validation_steps, norm=self.threat.norm)
         key = rng.key(self.config.run.seed, "validation")
         size = self.config.optimization.batch_size
+        mine = images.subset(torch.arange(processes.rank(), len(images), processes.count(), device=self.device))
         self.validated.refresh()
-        na, ra = (
-            metrics.accuracy(metrics.correct(self.deployed(), images, attacked, key, size, self.validated))
-            for attacked in (None, attack)
-        )
+        flags = [
+            metrics.correct(self.deployed(), mine, attacked, key, size, self.validated) for attacked in (None, attack)
+        ]
+        na, ra = (processes.total(torch.stack(flags).sum(1)).double() / len(images)).tolist()
         return na, ra
 
     # State
@@ -385,7 +426,14 @@ class Trainer:
                 self.say(f"  {what}: {', '.join(keys)}")
 
     def save(self, path: Path) -> None:
-        checkpoint.save_state(path, self.state())
+        """All processes must call it; the first one writes."""
+        state = self.state()
+        if processes.rank() == 0:
+            checkpoint.save_state(path, state)
+
+    def save_weights(self, path: Path, weights: dict[str, Tensor]) -> None:
+        if processes.rank() == 0:
+            checkpoint.save_weights(path, weights)
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the run depends on, and the seconds spent, which nothing depends on."""
@@ -397,8 +445,8 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "meter": self.meter.sums,
-            "monitor": self.monitor.state_dict(),
+            "meter": self.meter.of_all().sums,
+            "monitor": self.monitor.of_all().state_dict(),
             "defense": self.defense.state_dict(),
             "best": self.best,
             "seconds": self.epoch_seconds,
@@ -414,8 +462,10 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        self.meter = Meter(self.on_device(state["meter"]))
-        self.monitor.load_state_dict(self.on_device(state["monitor"]))
+        if processes.rank() == 0:  # the sums are of all processes; those of the others begin anew
+            self.meter = Meter(self.on_device(state["meter"]))
+            self.monitor.load_state_dict(self.on_device(state["monitor"]))
+        self.monitor.looks_masked = state["monitor"]["looks_masked"].to(self.device)
         self.defense.load_state_dict(self.on_device(state["defense"]))
 
     def on_device(self, state: Any) -> Any:
@@ -464,7 +514,10 @@ class Trainer:
             f"  training   {o.epochs} epochs of {len(self.batches)} steps of {o.batch_size} images: "
             f"{self.total_steps:,} steps; {o.optimizer}, lr {o.lr:g}, {o.schedule}, {o.precision}"
         )
-        self.say(f"  machine    {self.device}, {c.run.threads} threads, operators: {environment.backend(self.device)}")
+        several = f"{processes.count()} processes, " if processes.count() > 1 else ""
+        backend = environment.backend(self.device)
+        self.say(f"  machine    {several}{self.device}, {c.run.threads} threads, operators: {backend}")
+        self.say(f"  attacked   {self.attacked.how}")
         if self.step:
             self.say(f"  resumed    after step {self.step:,}, in epoch {self.step // len(self.batches) + 1}")
 
@@ -535,6 +588,20 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def told_of_lost_processes(trainer: Trainer) -> Iterator[None]:
+    """What the libraries say when another process of the run has ended, in plain words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if processes.count() == 1 or not any(word in str(error) for word in LOST):
+            raise
+        raise TrainingError(
+            f"another process of this run has ended, what it said tells why. Go on from the last checkpoint with "
+            f"--resume: {trainer.folder.path}"
+        ) from error
+
+
 def train(config: Config, console: Console | None = None) -> RunFolder:
     """Make the run that ``config`` describes, or go on with it.
 
@@ -544,12 +611,15 @@ def train(config: Config, console: Console | None = None) -> RunFolder:
         TrainingError: the loss is not finite.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
-    console = console or Console()
+    with processes.joined() as rank:
+        return _train(config, console or Console(quiet=rank > 0))
+
+
+def _train(config: Config, console: Console) -> RunFolder:
     folder = RunFolder(config.folder)
     folder.check(config)
-    sets = data.load(
-        config.data.dataset, config.data.data_root, environment.device(config.run.device), limit=config.data.limit
-    )
+    wanted, device = config.data, processes.own_device(environment.device(config.run.device))
+    sets = processes.in_turn(lambda: data.load(wanted.dataset, wanted.data_root, device, limit=wanted.limit))
     config = config.resolved(sets.info.epsilon)
     assert config.run.threads is not None
     torch.set_num_threads(config.run.threads)
@@ -558,19 +628,23 @@ def train(config: Config, console: Console | None = None) -> RunFolder:
     torch.use_deterministic_algorithms(config.run.deterministic)
     trainer = Trainer(config, sets, folder, console)
     env = environment.describe(config.run.device, config.run.threads)
-    env |= {"seed": config.run.seed, "data": {"name": sets.info.name, "fingerprint": sets.info.fingerprint}}
-    with folder.locked(), stop_signals() as stop, closing(trainer.tracker):
-        if folder.open(config, env):
+    env |= {"processes": processes.count(), "seed": config.run.seed}
+    env |= {"data": {"name": sets.info.name, "fingerprint": sets.info.fingerprint}}
+    first = processes.rank() == 0
+    with folder.locked() if first else nullcontext(), stop_signals() as stop, closing(trainer.tracker):
+        if processes.any_of(first and folder.open(config, env)):
             trainer.restore()
         elif config.model.init_weights is not None:
             trainer.load_initial_weights(config.model.init_weights)
-        folder.cut_metrics(trainer.step // len(trainer.batches))
-        trainer.tracker.start(folder.read_metrics())
+        if first:
+            folder.cut_metrics(trainer.step // len(trainer.batches))
+            trainer.tracker.start(folder.read_metrics())
         if trainer.step == trainer.total_steps:
             trainer.say(f"run {folder.path} is finished, there is nothing to resume")
         else:
             trainer.plan()
-            trainer.fit(stop)
+            with told_of_lost_processes(trainer):
+                trainer.fit(stop)
     assert trainer.best is not None
     trainer.say(
         f"best epoch {trainer.best['epoch']}: validation na {trainer.best['na']:.1%} ra {trainer.best['ra']:.1%}; "
