@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from dtrades_fast import data, environment, models, processes, rng
@@ -249,13 +250,13 @@ class Trainer:
 
     def average_statistics(self, share: float) -> None:
         """Give all processes the mean of what BatchNorm has seen in each, so that they attack the same network."""
-        if processes.count() == 1:
+        norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
+        if processes.count() == 1 or not buffers:
             return
-        buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
-        flat = torch.cat([buffer.flatten() for buffer in buffers])
-        mean = processes.total(flat * (share / processes.count()))
-        for buffer, values in zip(buffers, mean.split([buffer.numel() for buffer in buffers]), strict=True):
-            buffer.copy_(values.view_as(buffer))
+        mean = processes.total(torch.cat(buffers) * (share / processes.count()))
+        for buffer, values in zip(buffers, mean.split([len(buffer) for buffer in buffers]), strict=True):
+            buffer.copy_(values)
 
     def update(self) -> None:
         """Weights, loss scale, learning rate and moving average."""
