@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -50,6 +51,7 @@ MEASURED_STEPS = 3  #: timed for the expectation, after one that warms up
 LOOK_STEPS = 100  #: on a GPU, steps between looks for a loss that is not finite
 SMALLEST_SCALE = 2.0**-14  #: of the loss in fp16, 30 steps without an update below where it begins
 MASKED = "more attack steps, a larger batch or beta, a lower --lr or --on-masking noise may help"
+COMPILERS = ("g++", "clang++", "c++", "cl")
 LOST = ("peer", "Connection", "Socket", "NCCL")  #: in the messages of gloo and NCCL when a process has ended
 LONG_SECONDS = 30 * 60  #: above it, a run on a CPU is told how to become smaller
 
@@ -151,6 +153,8 @@ class Trainer:
         if processes.count() > 1 and getattr(self.defense, "lambda_gradient", None) == "full":
             raise ValueError("--lambda-gradient full runs in one process only: it differentiates the network twice")
         kind = self.device.split(":")[0]
+        if config.speed.compile and kind == "cpu" and not any(map(shutil.which, COMPILERS)):
+            raise ValueError("--compile needs a C++ compiler on a CPU: install g++, or leave it out")
         scaled = options.precision == "fp16"
         fused = scaled or kind == "cuda"
         self.optimizer = schedules.create_optimizer(options, self.model.parameters(), fused)
@@ -199,6 +203,8 @@ class Trainer:
                     self.check_masking()
                 if len(timed) <= MEASURED_STEPS:
                     timed.append(seconds)
+                    if len(timed) == 1 and self.config.speed.compile:
+                        self.progress.print(f"  compiled   with the first step, in {duration(seconds)}")
                     if len(timed) > MEASURED_STEPS:
                         self.expect(sum(timed[1:]) / MEASURED_STEPS)
                 if ends_epoch:
