@@ -11,8 +11,8 @@ Providers, whose steps take turns on the same synthetic images of CIFAR-10's siz
   to the images, the clean prediction, the outer passes and their backward to the weights.
 
 Reported are the median of the turns, the ratio to the textbook, what is beyond the floor, the share of each part of a
-step, and memory: the most that a process of its own holds in a step beyond what it held before the network was made,
-with an allocator that gives back at once what is freed.
+step, and for TRADES and D-TRADES memory: the most that a process of its own holds in a step beyond what it held before
+the network was made, with an allocator that gives back at once what is freed.
 """
 
 from __future__ import annotations
@@ -152,8 +152,6 @@ def time_case(options: argparse.Namespace, method: str, arch: str, size: str) ->
     """A row per provider."""
     steps = {provider: make_step(options, provider, method, arch, size) for provider in options.providers}
     warmup = {provider: timed(step) for provider, step in steps.items()}
-    for step in steps.values():
-        step()
     seconds: dict[str, list[float]] = {provider: [] for provider in steps}
     for _ in range(options.rounds):
         for provider, step in steps.items():
@@ -245,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for method in options.methods:
                     rows += time_case(options, method, arch, size)
                     for row in rows[-len(options.providers) :]:
-                        if row["provider"] in ("textbook", "ours"):
+                        if row["provider"] in ("textbook", "ours") and method in ("trades", "dtrades"):
                             row["peak_mib"] = peak_mib(options, row["provider"], method, arch, size)
                     console.print(line(rows[-len(options.providers) :]), highlight=False, soft_wrap=True)
                     write(options, rows)
