@@ -5,19 +5,22 @@
 
 Providers, whose steps take turns on the same synthetic images of CIFAR-10's size:
 
-- ``textbook``: the published order of things in plain PyTorch, see textbook.py;
-- ``ours``: the trainer as it is by default; ``ours+compile``: with ``--compile``;
+- ``textbook``: the published order of things in plain PyTorch, see textbook.py; for TRADES and D-TRADES with a second
+  pass of the clean images in the loss, whose only effect is on BatchNorm's statistics. Ours makes it, forward only, if
+  asked to (``--bn-mode clean_adv_clean``): then 28 passes in place of 27;
+- ``ours``: the trainer as it is by default; ``ours+compile``: with ``--compile``; on a GPU also ``ours+graphs``: with
+  ``--cuda-graphs``;
 - ``floor``: the bare network passes of ours, without anything else: K (D-TRADES: one more) forward and backward passes
   to the images, the clean prediction, the outer passes and their backward to the weights.
 
 Reported are the median of the turns, the ratio to the textbook, what is beyond the floor, the share of each part of a
 step, and for TRADES and D-TRADES memory: the most that a process of its own holds in a step beyond what it held before
-the network was made, with an allocator that gives back at once what is freed.
+the network was made, with an allocator that gives back at once what is freed; on a GPU the most that torch allocates.
 """
 
 from __future__ import annotations
 
-from harness import FREEING, RESULTS, cpu_model, memory_mib, pinned, some_of  # isort: skip  # first: see harness.py
+from harness import FREEING, RESULTS, cpu_model, device, memory_mib, pinned, some_of  # isort: skip  # first: see harness.py
 
 import argparse
 import csv
@@ -46,12 +49,16 @@ from dtrades_fast.training.trainer import Trainer
 METHODS = ("trades", "dtrades", "at", "mart", "faal")
 ARCHS = ("resnet18", "vgg16")
 SIZES = ("16x32", "16x128", "64x32")  #: width x batch size
-PROVIDERS = ("textbook", "ours", "ours+compile", "floor")
+PROVIDERS = ("textbook", "ours", "ours+compile", "ours+graphs", "floor")
+GRAPHS = "ours+graphs"
 PARTS = ("data", "attack", "forward", "backward", "optimizer", "figures")
 COLUMNS = ("method", "arch", "width", "batch", "provider", "seconds", "ratio", "beyond_floor", "peak_mib", *PARTS)
 #: D-TRADES after its calibration.
 GIVEN: dict[str, dict[str, Any]] = {"dtrades": {"lambda_alpha": 1.0, "lambda_beta": 1.0}}
 FILE_WIDTH = 160
+WARM_UPS = 3  #: steps on a GPU before any is timed
+
+MEASURED = ("textbook", "ours", GRAPHS)  #: whose memory is measured
 
 Step = Callable[[], None]
 
@@ -73,9 +80,10 @@ def make_step(options: argparse.Namespace, provider: str, method: str, arch: str
             device=options.device,
             precision="fp32",
             data="synthetic",
-            steps=options.rounds + 3,
+            steps=options.rounds + WARM_UPS + 2,
             warmup=0,
             compiled=provider == "ours+compile",
+            cuda_graphs=provider == GRAPHS,
         )
     )
     given = dict(GIVEN.get(method, {}), **({"sensitivity_at": sensitivity} if sensitivity else {}))
@@ -90,12 +98,16 @@ def make_step(options: argparse.Namespace, provider: str, method: str, arch: str
 
 def textbook(made: Trainer, method: str) -> Step:
     model = made.model.to(memory_format=torch.contiguous_format)
+    for module in model.modules():
+        module._forward_pre_hooks.clear()  # of the layout
     optimizer = schedules.create_optimizer(made.config.optimization, model.parameters())
-    step = Textbook(method, model, optimizer, made.threat)
+    step, batches = Textbook(method, model, optimizer, made.threat), made.batches
+    batches.layout = torch.contiguous_format
+    made.attacked = made.validated = None  # type: ignore[assignment]  # which the published code has none of
 
     def run() -> None:
-        images, labels, ids = made.batches.get(0, 0)
-        step.step(images.contiguous(), labels, ids, rng.key(0, "bench"))
+        images, labels, ids = batches.get(0, 0)
+        step.step(images, labels, ids, rng.key(0, "bench"))
 
     return run
 
@@ -139,12 +151,15 @@ class Parts:
     @contextmanager
     def range(self, name: str) -> Iterator[None]:
         self._depth += 1
+        if self._depth == 1:
+            finish()
         begin = time.perf_counter()
         try:
             yield
         finally:
             self._depth -= 1
             if self._depth == 0:
+                finish()
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 
@@ -152,6 +167,9 @@ def time_case(options: argparse.Namespace, method: str, arch: str, size: str) ->
     """A row per provider."""
     steps = {provider: make_step(options, provider, method, arch, size) for provider in options.providers}
     warmup = {provider: timed(step) for provider, step in steps.items()}
+    for step in steps.values() if options.device != "cpu" else ():
+        for _ in range(WARM_UPS - 1):  # a CUDA graph is recorded in the second step
+            step()
     seconds: dict[str, list[float]] = {provider: [] for provider in steps}
     for _ in range(options.rounds):
         for provider, step in steps.items():
@@ -173,9 +191,17 @@ def time_case(options: argparse.Namespace, method: str, arch: str, size: str) ->
 
 
 def timed(step: Step) -> float:
+    finish()
     begin = time.perf_counter()
     step()
+    finish()
     return time.perf_counter() - begin
+
+
+def finish() -> None:
+    """Wait for the GPU if there is one at work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def shares(step: Step) -> dict[str, float]:
@@ -192,12 +218,20 @@ def shares(step: Step) -> dict[str, float]:
 def peak_mib(options: argparse.Namespace, provider: str, method: str, arch: str, size: str) -> float:
     command = [sys.executable, __file__, "--child", provider, "--methods", method, "--archs", arch, "--sizes", size]
     command += ["--threads", str(options.threads), "--attack-steps", str(min(options.attack_steps, 2))]
+    command += ["--device", options.device]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **FREEING})
     return float(done.stdout.splitlines()[-1])
 
 
 def child(options: argparse.Namespace) -> float:
-    """Peak memory of a second step, in MiB."""
+    """Peak memory of a step after the first ones, in MiB."""
+    if options.device != "cpu":
+        step = make_step(options, options.child, options.methods[0], options.archs[0], options.sizes[0])
+        for _ in range(WARM_UPS):
+            step()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() / 2**20
     torch.ones(1).requires_grad_().sum().backward()  # what autograd loads once
     before = memory_mib("VmRSS")
     step = make_step(options, options.child, options.methods[0], options.archs[0], options.sizes[0])
@@ -217,14 +251,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--methods", type=some_of("method", methods), default=list(methods), help="dtrades/last_step: its sensitivity")
     add("--archs", type=some_of("architecture", ARCHS), default=list(ARCHS))
     add("--sizes", type=some_of("size", SIZES), default=list(SIZES), help="width x batch size")
-    add("--providers", type=some_of("provider", PROVIDERS), default=list(PROVIDERS))
+    add("--providers", type=some_of("provider", PROVIDERS), default=None, help="default: all that the device has")
+    add("--device", type=device, default="cpu", help="default: cpu")
     add("--attack-steps", type=count, default=10)
     add("--rounds", type=count, default=3, help="turns, one step of each provider timed per turn (default: 3)")
     add("--threads", type=count, default=environment.physical_cores())
     add("--output", type=Path, default=RESULTS, help="folder of step.csv and step.json")
     add("--child", choices=PROVIDERS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    options.device = "cpu"
+    options.device = str(options.device)
+    available = [name for name in PROVIDERS if name != GRAPHS or options.device != "cpu"]
+    options.providers = options.providers or available
+    if missing := set(options.providers) - set(available):
+        parser.error(f"{', '.join(missing)} needs --device cuda")
     return options
 
 
@@ -243,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for method in options.methods:
                     rows += time_case(options, method, arch, size)
                     for row in rows[-len(options.providers) :]:
-                        if row["provider"] in ("textbook", "ours") and method in ("trades", "dtrades"):
+                        if row["provider"] in MEASURED and method in ("trades", "dtrades"):
                             row["peak_mib"] = peak_mib(options, row["provider"], method, arch, size)
                     console.print(line(rows[-len(options.providers) :]), highlight=False, soft_wrap=True)
                     write(options, rows)
@@ -264,7 +303,7 @@ def line(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    view = Table(title="One training step, CPU")
+    view = Table(title="One training step")
     names = ("method", "arch", "width", "batch", "provider", "seconds", "ratio", "beyond floor", "peak MiB", *PARTS)
     for name in names:
         view.add_column(name, justify="left" if name in ("method", "arch", "provider") else "right")
@@ -292,7 +331,8 @@ def write(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
         for row in rows:
             writer.writerow({name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()})
     about = {name: getattr(options, name) for name in ("attack_steps", "rounds", "threads")}
-    about |= {"processor": cpu_model(), "torch": torch.__version__, "commit": environment.git_commit()}
+    where = cpu_model() if options.device == "cpu" else torch.cuda.get_device_name()
+    about |= {"processor": where, "torch": torch.__version__, "commit": environment.git_commit()}
     write_text(options.output / "step.json", json.dumps(about, indent=1) + "\n")
 
 

@@ -30,6 +30,7 @@ def make_trainer(options: argparse.Namespace) -> Trainer:
     words = ["--method", options.method, "--arch", options.arch, "--batch-size", options.batch_size, "--epochs", steps]
     words += ["--steps", options.attack_steps, "--precision", options.precision, "--device", options.device]
     words += ["--compile"] if getattr(options, "compiled", False) else []
+    words += ["--cuda-graphs"] if getattr(options, "cuda_graphs", False) else []
     words += [] if options.width is None else ["--width", options.width]
     words += [] if options.threads is None else ["--threads", options.threads]
     if options.data == "synthetic":

@@ -37,6 +37,32 @@ def evaluate(argv: Sequence[str], prog: str) -> int:
     return main(argv, prog)
 
 
+def study(argv: Sequence[str], prog: str) -> int:
+    """Train and evaluate a grid of runs: skip what is finished, go on with what was killed."""
+    from dtrades_fast.study.study import main
+    from dtrades_fast.training.trainer import Interrupted
+
+    try:
+        return main(argv, prog)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signum
+
+
+def status(argv: Sequence[str], prog: str) -> int:
+    """How far the runs of a study are."""
+    from dtrades_fast.study.study import status_main
+
+    return status_main(argv, prog)
+
+
+def report(argv: Sequence[str], prog: str) -> int:
+    """Tables, statistics and one HTML page of a study."""
+    from dtrades_fast.study.report import main
+
+    return main(argv, prog)
+
+
 def plot(argv: Sequence[str], prog: str) -> int:
     """Pictures of trained runs: curves, lambda, adversarial images."""
     from dtrades_fast.plot.plot import main
@@ -79,6 +105,9 @@ def doctor(argv: Sequence[str], prog: str) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "train": train,
     "evaluate": evaluate,
+    "study": study,
+    "status": status,
+    "report": report,
     "plot": plot,
     "export": export,
     "recipes": recipes,

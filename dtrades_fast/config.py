@@ -155,9 +155,12 @@ class Speed:
     fold_batchnorm: bool = True
     """Attack the network with BatchNorm folded into its convolutions."""
     channels_last: bool = True
-    """Keep images and activations in the channels-last memory format."""
+    """Keep images and activations in the channels-last memory format, where that is faster."""
     compile: bool = False
-    """Compile the network with torch.compile, which takes a minute or two and needs a C++ compiler on a CPU."""
+    """Compile the network with torch.compile, which takes a minute or two and needs a C++ compiler on a CPU. There it
+    makes max-pooling slower, and so VGG-16."""
+    cuda_graphs: bool = False
+    """On a GPU, launch all steps of the training attack as one CUDA graph, which keeps memory of its own for them."""
 
 
 @dataclass
@@ -265,11 +268,15 @@ class Config:
         return {name: value for name, value in given if name != "method" and value is not None}
 
     @property
+    def dataset_name(self) -> str:
+        """The data set in a word that can be part of a file's name."""
+        kind, _, path = self.data.dataset.partition(":")
+        word = re.sub(r"[^\w.+=]+", "-", Path(path).name).strip("-")
+        return f"folder-{word}" if kind == "folder" else self.data.dataset
+
+    @property
     def run_name(self) -> str:
-        dataset = self.data.dataset
-        if dataset.startswith("folder:"):
-            dataset = f"folder-{Path(dataset.removeprefix('folder:')).name}"
-        return self.run.run or f"{dataset}-{self.model.arch}-{self.defense.method}-seed{self.run.seed}"
+        return self.run.run or f"{self.dataset_name}-{self.model.arch}-{self.defense.method}-seed{self.run.seed}"
 
     @property
     def folder(self) -> Path:
@@ -393,7 +400,7 @@ def profiles(kind: Literal["recipe", "preset"]) -> tuple[str, ...]:
 
 def load(path: Path) -> Config:
     """The configuration in a run's ``config.yaml``."""
-    values = _read(path)
+    values = read_yaml(path)
     return _apply(Config(), values, values.get("method", DEFAULT_METHOD), str(path))
 
 
@@ -409,7 +416,7 @@ def parse(argv: Sequence[str], prog: str = "dtrades-fast train") -> Config:
     config = _parse(argv, prog, {})
     stored = config.folder / "config.yaml"
     if config.run.resume and stored.is_file():
-        config = _parse(argv, prog, {str(stored): _read(stored)})
+        config = _parse(argv, prog, {str(stored): read_yaml(stored)})
     config.check()
     return config
 
@@ -437,9 +444,9 @@ def _parse(argv: Sequence[str], prog: str, layers: dict[str, dict[str, Any]]) ->
 def _profile(kind: Literal["recipe", "preset"], name: str) -> dict[str, Any]:
     """Values of a recipe or preset, by name or, with a suffix .yaml, from a file."""
     if name.endswith((".yaml", ".yml")):
-        values = _read(Path(name).expanduser())
+        values = read_yaml(Path(name).expanduser())
     elif name in profiles(kind):
-        values = _read(RECIPES / f"{name}.yaml")
+        values = read_yaml(RECIPES / f"{name}.yaml")
     else:
         raise ValueError(f"unknown {kind} {name!r}; known are {', '.join(profiles(kind))}, or give a FILE.yaml")
     if kind == "recipe" and "method" not in values:
@@ -449,7 +456,12 @@ def _profile(kind: Literal["recipe", "preset"], name: str) -> dict[str, Any]:
     return values
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ValueError: there is no such file, or something else is in it.
+    """
     if not path.is_file():
         raise ValueError(f"{path} does not exist: expected is a YAML file of options")
     try:
@@ -474,18 +486,25 @@ def _apply(config: Config, values: Mapping[str, Any], method: str, source: str) 
     if strange := [name for name in sections if name not in defenses.names()]:
         raise ValueError(f"{source}: unknown method {strange[0]!r}; known are {', '.join(defenses.names())}")
     plain |= sections.get(method, {})
-    known = {name for group in dataclasses.fields(Config) for name in vars(getattr(Config(), group.name))}
-    known -= set(NOT_STORED)
+    known = set(option_names()) - set(NOT_STORED)
     given = [name for part in (values, *sections.values()) for name in part if name != "methods"]
     if unknown := [name for name in given if name not in known]:
         raise ValueError(f"{source} has unknown options {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    arguments = [word for name, value in plain.items() for word in _words(name, value)]
-    return _cli(config, arguments, source)
+    return _cli(config, words(plain), source)
+
+
+def option_names() -> list[str]:
+    """All options of training, with underscores."""
+    return [name for group in dataclasses.fields(Config) for name in vars(getattr(Config(), group.name))]
+
+
+def words(values: Mapping[str, Any]) -> list[str]:
+    """Options as they would be given on the command line, so that one parser checks their types."""
+    return [word for name, value in values.items() for word in _words(name, value)]
 
 
 def _words(name: str, value: Any) -> list[str]:
-    """A value as it would be given on the command line, so that the same parser checks its type."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) and name not in vars(Defense()):  # whose options may also be None
         return [_flag(name) if value else _flag(f"no_{name}")]
     if isinstance(value, (list, tuple)):
         return [_flag(name), *map(str, value)]

@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = ["any_of", "count", "gathered", "in_turn", "joined", "on_this_machine", "own_device", "rank", "total", "wait"]
 
 #: How long processes wait for the slowest one, whose share of a part may take hours on CPUs. One that has ended is
-#: noticed at once.
+#: noticed at once, since its connections close; a machine that vanishes closes none.
 PATIENCE = timedelta(days=7)
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ def joined() -> Iterator[int]:
         yield 0
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(own_device("cuda"))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield dist.get_rank()
@@ -55,9 +55,21 @@ def on_this_machine() -> int:
 
 
 def own_device(device: str) -> str:
-    """The device asked for; of several processes with GPUs, each its own."""
+    """The device asked for; of several processes with GPUs, each its own.
+
+    Raises:
+        ValueError: all of several processes would take one GPU, or there are fewer GPUs than processes.
+    """
     local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{int(local) % torch.cuda.device_count()}" if device == "cuda" and local is not None else device
+    if local is None or not device.startswith("cuda"):
+        return device
+    if device != "cuda" and on_this_machine() > 1:
+        raise ValueError(f"--device {device} is one GPU for {on_this_machine()} processes: give cuda, for one each")
+    if device == "cuda" and on_this_machine() > torch.cuda.device_count():
+        raise ValueError(
+            f"{on_this_machine()} processes on a machine with {torch.cuda.device_count()} GPUs: start as many as GPUs"
+        )
+    return f"cuda:{local}" if device == "cuda" else device
 
 
 def wait() -> None:
@@ -67,11 +79,12 @@ def wait() -> None:
 
 
 def in_turn(make: Callable[[], T]) -> T:
-    """What each of them makes, the first one before the others."""
-    if rank() > 0:
+    """What each of them makes, on each machine the first one before the others."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
         wait()
     made = make()
-    if rank() == 0:
+    if first:
         wait()
     return made
 
@@ -85,9 +98,9 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def any_of(flag: bool) -> bool:
-    """Whether one of them says so. On the hosts alone: no GPU is waited for."""
-    return bool(total(torch.tensor(int(flag))))
+def any_of(*flags: bool) -> tuple[bool, ...]:
+    """Of each flag whether one of them says so. On the hosts alone: no GPU is waited for."""
+    return tuple(map(bool, total(torch.tensor(flags, dtype=torch.int64)).tolist()))
 
 
 def gathered(mine: T) -> list[T]:

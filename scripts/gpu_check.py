@@ -1,9 +1,9 @@
 """Everything that a machine with a GPU can say about this package: ``python scripts/gpu_check.py``.
 
 Builds the kernels, runs the operators' tests on the device, again under each tool of compute-sanitizer, the tests of
-CUDA graphs, sizes beyond 2^31 and training, a training step of each method, and the operator benchmark. A check that
-fails does not stop the others. All goes into one report, bench/results/gpu-check-GPU.md, which is complete after each
-check. Exit status: 0 nothing failed, 1 a check failed, 3 no GPU.
+CUDA graphs, sizes beyond 2^31 and training, a training step of each method, and the benchmarks of a step and of the
+operators. A check that fails does not stop the others. All goes into one report, bench/results/gpu-check-GPU.md, which
+is complete after each check. Exit status: 0 nothing failed, 1 a check failed, 3 no GPU.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def checks(tools: Mapping[str, str], out: Path) -> list[Check]:
         Check("training", pytest("tests/gpu/test_gpu_training.py", "-k", "not graph"), 30),
         *(Check(f"step-{method}", [*profile, "--method", method]) for method in defenses.names()),
         Check("nsight", nsight),
+        Check("bench-step", [PYTHON, "bench/bench_step.py", "--device", "cuda", "--output", str(out)], 30),
         Check("bench", [PYTHON, "bench/bench_ops.py", "--device", "cuda", "--out", str(out)], 30),
     ]
 

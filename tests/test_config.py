@@ -27,6 +27,11 @@ def test_run_name_of_a_folder() -> None:
     assert parse(["--dataset", "folder:/a/b/tiles", "--seed", "3"]).run_name == "folder-tiles-resnet18-dtrades-seed3"
 
 
+@pytest.mark.parametrize(("path", "name"), [("$TILES", "TILES"), ("~/my tiles", "my-tiles"), ("/a/b.v2/", "b.v2")])
+def test_run_name_of_any_folder(path: str, name: str) -> None:
+    assert parse(["--dataset", f"folder:{path}"]).run_name == f"folder-{name}-resnet18-dtrades-seed0"
+
+
 def test_pixels_are_kept_as_written() -> None:
     c = parse(["--epsilon", "8/255", "--step-size", "2/255"])
     assert c.stored()["epsilon"] == "8/255"

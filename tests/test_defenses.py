@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from dtrades_fast import defenses
 from dtrades_fast.defenses import Batch, Crafted, Threat
 from dtrades_fast.defenses.base import outer_forward
+from dtrades_fast.defenses.dtrades import permutation
 from dtrades_fast.defenses.faal import class_weights
 
 THREAT = Threat(epsilon=0.1, steps=3)
@@ -307,6 +308,23 @@ def test_the_clean_target_is_not_detached(method: str) -> None:
     assert (mine - cut).norm() > 1e-3 * mine.norm()
 
 
+def test_shuffled_weights_are_those_of_other_samples() -> None:
+    """A control: the same weights in the batch, in an order that has nothing to do with the samples."""
+    options = {"lambda_alpha": 2.0, "lambda_beta": 3.0}
+    (plain, _), model, data = step("dtrades", network(), batch(), **options), network(), batch()
+    loss, crafted = step("dtrades", model, data, lambda_shuffle=True, **options)
+    order = permutation(data)
+    assert sorted(order.tolist()) == list(range(len(order))) != order.tolist()
+    assert permutation(dataclasses.replace(data, key=data.key + 1)).tolist() != order.tolist()
+    weight = plain.terms["lambda"][order]
+    assert torch.equal(loss.terms["lambda"], weight)
+    assert torch.equal(loss.terms["sensitivity"], plain.terms["sensitivity"])
+    z, adv_z = model(data.images), model(crafted.adv)
+    expected = (F.cross_entropy(z, data.labels, reduction="none") + weight * kl(z, adv_z)).mean()
+    for mine, textbooks in zip(gradients(loss.total, model), gradients(expected, model), strict=True):
+        torch.testing.assert_close(mine, textbooks, rtol=1e-5, atol=1e-7)
+
+
 def test_lambda_gradient_through_the_entropy() -> None:
     model, data = network(), batch()
     loss, crafted = step("dtrades", model, data, lambda_gradient="entropy", lambda_alpha=2.0)
@@ -439,6 +457,8 @@ def test_registry_and_refusals() -> None:
         make("dtrades", dataclasses.replace(THREAT, steps=0), sensitivity_at="last_step")
     with pytest.raises(ValueError, match="lambda_gradient='full' needs sensitivity_at='final'"):
         make("dtrades", lambda_gradient="full", sensitivity_at="last_step")
+    with pytest.raises(ValueError, match="lambda_shuffle needs lambda_gradient='none', got 'entropy'"):
+        make("dtrades", lambda_gradient="entropy", lambda_shuffle=True)
     with pytest.raises(ValueError, match="radius must be >= 0"):
         make("faal", radius=-1.0)
     with pytest.raises(ValueError, match=r"pass what DTRADES\.craft returned"):

@@ -104,7 +104,8 @@ def test_the_attack_shows_each_gradient_with_the_images_it_was_taken_at() -> Non
     attack, index = PGD(0.1, 4), torch.arange(6)
     with frozen(model):
         objective = CrossEntropy(labels)
-        adv = attack.ascend(model, x, objective, index, 5, Recorder(x, 0.1, "linf"))
+        start = attack.start_from(x, index, 5)
+        adv = attack.ascend(model, start, x, objective, Recorder(x, 0.1, "linf"))
         assert len(seen) == 4
         for at, gradient in seen:
             torch.testing.assert_close(input_gradient(model, at, objective), gradient)
@@ -125,7 +126,7 @@ def test_noise_moves_the_start_and_nothing_else() -> None:
     attack = PGD(0.1, 3, start="gaussian")
     noises = (None, torch.zeros(()), torch.tensor(0.2))
     advs = [
-        attack.ascend(model, x, CrossEntropy(labels), index, 5, First(x, float(i), "linf"), noise)
+        attack.ascend(model, attack.start_from(x, index, 5, noise), x, CrossEntropy(labels), First(x, float(i), "linf"))
         for i, noise in enumerate(noises)
     ]
     assert torch.equal(advs[0], advs[1])

@@ -10,6 +10,7 @@ import pytest
 import tiny_run
 import torch
 
+from dtrades_fast import processes
 from dtrades_fast.data import load
 from dtrades_fast.training.run_folder import RunFolder
 
@@ -69,3 +70,48 @@ def test_a_batch_too_small_for_all_is_refused(data: Path, tmp_path: Path) -> Non
     done = python(*TWO, "-m", "--", "dtrades_fast", "train", *words)
     assert done.returncode != 0
     assert "fewer than 2 processes: choose another --batch-size than" in done.stderr
+
+
+def test_more_processes_than_validation_images(data: Path, tmp_path: Path) -> None:
+    """Some look at none. And what all judge together, such as alarms, is counted once."""
+    few = tiny_run.images(tmp_path / "few", per_class=5)
+    three = [*TWO[:-1], "--nproc-per-node=3"]
+    words = tiny_run.arguments(few, tmp_path / "runs", "--batch-size", "7", "--epochs", "2", "--run", "tiny")
+    assert len(load(f"folder:{few}", "data", "cpu").validation) < 3
+    done = python(*three, "--", SCRIPT, "alarmed", tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    for line in RunFolder(tmp_path / "runs" / "tiny").read_metrics():
+        assert line["monitor"]["alarms"]["steps"] == line["step"] / line["epoch"]  # each step of the epoch, once
+    assert "FutureWarning" not in done.stderr
+
+
+def test_another_number_of_processes_is_said(data: Path, tmp_path: Path) -> None:
+    words = tiny_run.arguments(data, tmp_path / "runs", "--batch-size", "16", "--run", "tiny")
+    killed = python(*TWO, "--", SCRIPT, "dies", tmp_path, *words)
+    assert killed.returncode != 0
+    resumed = python("-m", "dtrades_fast", "train", *words, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "saved by 2 processes, goes on with 1" in resumed.stdout
+
+
+def test_an_error_of_the_first_process_is_plain_in_all(data: Path, tmp_path: Path) -> None:
+    words = tiny_run.arguments(data, tmp_path / "runs", "--batch-size", "16", "--run", "tiny", "--epochs", "1")
+    assert python("-m", "dtrades_fast", "train", *words).returncode == 0
+    done = python(*TWO, "-m", "--", "dtrades_fast", "train", *words, "--resume", "--lr", "0.02")
+    assert "error in process 0: run" in done.stderr
+    assert "was started with other options (lr: 0.02 here" in done.stderr
+    assert "error in process 1: [" not in done.stderr
+
+
+def test_gpus_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert processes.own_device("cuda:1") == "cuda:1"  # alone
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert processes.own_device("cpu") == "cpu"
+    assert processes.own_device("cuda") == "cuda:1"
+    with pytest.raises(ValueError, match="--device cuda:0 is one GPU for 2 processes: give cuda"):
+        processes.own_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="2 processes on a machine with 1 GPUs: start as many as GPUs"):
+        processes.own_device("cuda")

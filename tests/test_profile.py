@@ -123,7 +123,7 @@ def test_the_ranges_of_a_step(data: Path, tmp_path: Path, names: list[str]) -> N
     t = tiny_trainer(data, tmp_path)
     t.train_step(t.network(t.model))
     gradient = ["forward", "logit gradient", "backward"]
-    attack = ["attack", "clean prediction", "start"]
+    attack = ["attack", "start", "clean prediction"]
     for step in ("attack step 1", "attack step 2"):
         attack += [step, *gradient, "watch", "pgd_step_"]
     assert names == ["data", *attack, "sensitivity", *gradient, "forward", "backward", "optimizer", "figures"]

@@ -66,7 +66,9 @@ def test_figures_follow_from_points(full: dict[str, Any]) -> None:
     json.dumps(full, allow_nan=False)
     assert full["schema"] == SCHEMA
     natural, every = flags(full["correct"]), []
-    assert len(natural) == len(full["ids"]) == full["points"] == 32
+    assert len(natural) == len(full["ids"]) == len(full["labels"]) == full["points"] == 32
+    of_class = [flag for flag, label in zip(natural, full["labels"], strict=True) if label == 0]
+    assert sum(map(int, of_class)) / len(of_class) == next(iter(full["per_class"].values()))
     for entry in full["attacks"].values():
         standing = flags(entry["correct"])
         assert not (standing & ~natural).any()

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dtrades_fast import data, rng
+from dtrades_fast.models.attack_network import Compiled
 from dtrades_fast.training import schedules
 from dtrades_fast.training.run_folder import RunFolder
 from dtrades_fast.training.trainer import Trainer
@@ -129,6 +130,19 @@ def test_compiled_training_is_the_same(images: Path, tmp_path: Path) -> None:
     assert largest_difference(state(made.model), expected) < 1e-8
 
 
+def test_every_network_of_a_process_is_compiled() -> None:
+    """However many there were before: a study trains many, one after the other."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    count = 2 * torch._dynamo.config.recompile_limit
+    for _ in range(count):
+        compiled, images = Compiled(nn.Linear(3, 2), backend="eager"), torch.zeros(2, 3)
+        compiled(images)
+        with torch.no_grad():
+            compiled(images)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * count
+
+
 def test_single_precision_stays_close(images: Path, tmp_path: Path) -> None:
     """In float32 a sign of the attack that rounding turns moves a pixel; after one step little has come of it."""
     made, twin = trainer(images, tmp_path, "trades"), trainer(images, tmp_path, "trades")
@@ -140,3 +154,9 @@ def test_compile_refuses_a_double_backward(images: Path, tmp_path: Path) -> None
     options: tuple[Any, ...] = ("--method", "dtrades", "--lambda-gradient", "full", "--compile")
     with pytest.raises(ValueError, match="--lambda-gradient full differentiates twice"):
         tiny_run.configuration(images, tmp_path, *options)
+
+
+def test_compile_asks_for_a_compiler_first(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(ValueError, match=r"--compile needs a C\+\+ compiler on a CPU: install g\+\+ or set CXX"):
+        trainer(images, tmp_path, "at", "--compile")

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
 from dtrades_fast import data, processes
 from dtrades_fast.config import parse
+from dtrades_fast.training import monitor
 from dtrades_fast.training import trainer as training
 from dtrades_fast.training.run_folder import RunFolder
 
@@ -45,18 +47,29 @@ def gradients(output: Path, words: list[str]) -> None:
 
 
 def dies(output: Path, words: list[str]) -> None:
-    """Train; the second process is killed in the second epoch."""
-    real = training.Trainer.train_step
+    """Train; the second process is killed in the second epoch, and torchrun ends the first, as late as can be."""
+    real, leave = training.Trainer.train_step, dist.destroy_process_group
 
     def step(self: training.Trainer, network: nn.Module) -> None:
         if self.step == 4 and processes.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         real(self, network)
 
+    def left() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        leave()
+
+    dist.destroy_process_group = left
     training.Trainer.train_step = step  # type: ignore[method-assign]
+    training.train(parse(words))
+
+
+def alarmed(output: Path, words: list[str]) -> None:
+    """Train with the alarm always on."""
+    monitor.ALARM = -1.0
     training.train(parse(words))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"gradients": gradients, "dies": dies}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3:])
+    {"gradients": gradients, "dies": dies, "alarmed": alarmed}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3:])

@@ -6,10 +6,11 @@ from dtrades_fast.attacks.bisection import Bisection
 from dtrades_fast.attacks.fab import FAB
 from dtrades_fast.attacks.fgsm import FGSM
 from dtrades_fast.attacks.fmn import FMN
+from dtrades_fast.attacks.graph import Graph
 from dtrades_fast.attacks.mifgsm import MIFGSM
 from dtrades_fast.attacks.pgd import PGD
 from dtrades_fast.attacks.square import Square
-from dtrades_fast.attacks.watch import GradientStats, Watch, gradient_stats
+from dtrades_fast.attacks.watch import GradientStats, Seen, Watch, gradient_stats
 
 __all__ = [
     "APGD",
@@ -21,7 +22,9 @@ __all__ = [
     "Attack",
     "Bisection",
     "GradientStats",
+    "Graph",
     "Model",
+    "Seen",
     "Square",
     "Watch",
     "eval_mode",

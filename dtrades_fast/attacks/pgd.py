@@ -94,34 +94,23 @@ class PGD(Attack):
         """One run from one start."""
         if self.stop_early:
             return self._ascend_until_fooled(model, images, labels, objective, index, key)
-        return self.ascend(model, images, objective, index, key)
+        return self.ascend(model, self.start_from(images, index, key), images, objective)
 
     def ascend(
-        self,
-        model: Model,
-        images: Tensor,
-        objective: Objective,
-        index: Tensor,
-        key: int,
-        watch: Watch | None = None,
-        noise: Tensor | None = None,
+        self, model: Model, adv: Tensor, images: Tensor, objective: Objective, watch: Watch | None = None
     ) -> Tensor:
-        """One run from one start, on a model that is already frozen: the adversarial images.
+        """All steps from one start, on a model that is already frozen; ``adv`` is changed in place and returned.
 
-        Nothing here depends on the values of a tensor: the host waits for nothing, and a CUDA graph can hold it all.
+        Nothing here depends on the values of a tensor, and there are no random numbers: the host waits for nothing,
+        and a CUDA graph can hold it all.
 
         Args:
-            model: as in :meth:`__call__`, like ``images``, ``index`` and ``key``.
+            model: as in :meth:`__call__`, like ``images``.
+            adv: [N, C, H, W], where it begins, see :meth:`start_from`.
             objective: what is maximised, see :meth:`make_objective`.
             watch: is shown each gradient with the images that it was taken at.
-            noise: [], standard deviation in pixel units of Gaussian noise that is added to the start.
         """
         step_size = self.epsilon / 4 if self.step_size is None else self.step_size
-        with span("start"):
-            adv = self._start(images, index, key)
-            if noise is not None:
-                normal = random_start(torch.zeros_like(adv), index, "gaussian", 1.0, rng.key(key, "noise"))
-                adv.add_(normal * noise)
         for step in range(self.steps):
             with span("attack step", step + 1):
                 gradient = input_gradient(model, adv, objective)
@@ -130,6 +119,20 @@ class PGD(Attack):
                         watch(adv, gradient)
                 with span("pgd_step_"):
                     pgd_step_(adv, gradient, images, step_size, self.epsilon, norm=self.norm)
+        return adv
+
+    def start_from(self, images: Tensor, index: Tensor, key: int, noise: Tensor | None = None) -> Tensor:
+        """The images that an ascent begins at, [N, C, H, W].
+
+        Args:
+            images: as in :meth:`__call__`, like ``index`` and ``key``.
+            noise: [], standard deviation in pixel units of Gaussian noise that is added.
+        """
+        with span("start"):
+            adv = self._start(images, index, key)
+            if noise is not None:
+                normal = random_start(torch.zeros_like(adv), index, "gaussian", 1.0, rng.key(key, "noise"))
+                adv.add_(normal * noise)
         return adv
 
     def _ascend_until_fooled(

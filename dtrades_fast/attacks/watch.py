@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dtrades_fast.ops import sample_stats
 
-__all__ = ["GradientStats", "Watch", "gradient_stats"]
+__all__ = ["GradientStats", "Seen", "Watch", "gradient_stats"]
 
 #: The reciprocal of a norm stays below it, so that a gradient of zero keeps the direction zero.
 LARGEST = 3e38
@@ -48,29 +48,43 @@ def gradient_stats(
     return GradientStats(l2, fosc, torch.where(size > 0, fosc / size, 0), linf == 0)
 
 
+class Seen(NamedTuple):
+    """What a :class:`Watch` knows.
+
+    Attributes:
+        stats: of the last gradient; None before the first.
+        direction: the last gradient, normalised, [N, C, H, W].
+        cosines: of each gradient but the first the cosine similarity with the one before, [N].
+    """
+
+    stats: GradientStats | None = None
+    direction: Tensor | None = None
+    cosines: tuple[Tensor, ...] = ()
+
+
 class Watch:
     """Follows an ascent step by step: call it with each ``(adv, gradient)`` before the step is made.
 
     The host waits for nothing. The clean images are the middle of the ball.
-
-    Attributes:
-        stats: of the last call; None before the first.
     """
 
-    def __init__(self, images: Tensor, epsilon: float, norm: Literal["linf", "l2"]):
-        self.images, self.epsilon, self.norm = images, epsilon, norm
-        self.stats: GradientStats | None = None
-        self._direction: Tensor | None = None
-        self._cosines: list[Tensor] = []
+    def __init__(self, images: Tensor, epsilon: float, norm: Literal["linf", "l2"], seen: Seen | None = None):
+        self.images, self.epsilon, self.norm, self.seen = images, epsilon, norm, seen or Seen()
 
     def __call__(self, adv: Tensor, gradient: Tensor) -> None:
-        self.stats = gradient_stats(gradient, adv, self.images, self.epsilon, self.norm)
-        direction = gradient * self.stats.l2.reciprocal().clamp(max=LARGEST)[:, None, None, None]
-        if self._direction is not None:
-            self._cosines.append((direction * self._direction).sum((1, 2, 3)))
-        self._direction = direction
+        stats = gradient_stats(gradient, adv, self.images, self.epsilon, self.norm)
+        direction = gradient * stats.l2.reciprocal().clamp(max=LARGEST)[:, None, None, None]
+        cosines = self.seen.cosines
+        if self.seen.direction is not None:
+            cosines += ((direction * self.seen.direction).sum((1, 2, 3)),)
+        self.seen = Seen(stats, direction, cosines)
+
+    @property
+    def stats(self) -> GradientStats | None:
+        """Of the last call; None before the first."""
+        return self.seen.stats
 
     @property
     def cosine(self) -> Tensor | None:
         """Mean cosine similarity of the gradients of neighbouring steps, [N]; None with fewer than two gradients."""
-        return torch.stack(self._cosines).mean(0) if self._cosines else None
+        return torch.stack(self.seen.cosines).mean(0) if self.seen.cosines else None

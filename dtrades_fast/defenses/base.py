@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dtrades_fast.attacks import PGD, Model, Watch, frozen, input_gradient
+from dtrades_fast.attacks import PGD, Graph, Model, Seen, Watch, frozen, input_gradient
 from dtrades_fast.attacks.base import check_images
 from dtrades_fast.profiling import span
 
@@ -132,14 +132,21 @@ class Defense(ABC):
         check_images(batch.images, batch.labels)
         threat = self.threat
         attack = PGD(threat.epsilon, threat.steps, threat.step_size, threat.norm, **settings)
-        watch = Watch(batch.images, threat.epsilon, threat.norm)
-        with frozen(model):
-            objective = attack.make_objective(model, batch.images, batch.labels)
-            adv = attack.ascend(model, batch.images, objective, batch.index, batch.key, watch, batch.noise)
+
+        def run(images: Tensor, labels: Tensor, adv: Tensor) -> tuple[Tensor, Seen]:
+            watch = Watch(images, threat.epsilon, threat.norm)
+            objective = attack.make_objective(model, images, labels)
+            adv = attack.ascend(model, adv, images, objective, watch)
             if final:
                 with span("sensitivity"):
                     watch(adv, input_gradient(model, adv, objective))
-        return Crafted(adv, watch)
+            return adv, watch.seen
+
+        graph: Graph | None = getattr(model, "graph", None)
+        with frozen(model):
+            inputs = batch.images, batch.labels, attack.start_from(batch.images, batch.index, batch.key, batch.noise)
+            adv, seen = run(*inputs) if graph is None else graph((attack, final), run, *inputs)
+        return Crafted(adv, Watch(batch.images, threat.epsilon, threat.norm, seen))
 
 
 D = TypeVar("D", bound=type[Defense])

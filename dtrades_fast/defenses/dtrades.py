@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dtrades_fast import processes
+from dtrades_fast import processes, rng
 from dtrades_fast.attacks import Model, eval_mode
 from dtrades_fast.defenses.base import Batch, BNMode, Crafted, Defense, Loss, outer_forward, register
 from dtrades_fast.defenses.trades import weighted_kl
@@ -63,6 +63,8 @@ class DTRADES(Defense):
         calibration_batches: the last batches of the warm-up, whose means calibration takes.
         lambda_gradient: "none" treats lambda as a weight, "entropy" lets gradients flow through H, "full" also through
             the gradient norm, by a double backward through the network in eval mode with x' held constant.
+        lambda_shuffle: each sample gets the weight of another one, by a random permutation of the batch: a control with
+            the same weights and no input dependence. Needs lambda_gradient "none".
         sensitivity_at: "final" takes the gradient at the final x' (one more pass, as the thesis has it), "last_step"
             reuses the attack's last one, taken one step before, for free.
         bn_mode: order of the outer forwards, see :func:`~dtrades_fast.defenses.base.outer_forward`.
@@ -78,6 +80,7 @@ class DTRADES(Defense):
     lambda_warmup: float | None = None
     calibration_batches: int = 50
     lambda_gradient: Literal["none", "entropy", "full"] = "none"
+    lambda_shuffle: bool = False
     sensitivity_at: Literal["final", "last_step"] = "final"
     bn_mode: BNMode = "clean_adv"
 
@@ -88,6 +91,8 @@ class DTRADES(Defense):
             raise ValueError("sensitivity_at='last_step' needs at least one attack step, got steps=0")
         if self.lambda_gradient == "full" and self.sensitivity_at == "last_step":
             raise ValueError("lambda_gradient='full' needs sensitivity_at='final': the last step's x' is not kept")
+        if self.lambda_shuffle and self.lambda_gradient != "none":
+            raise ValueError(f"lambda_shuffle needs lambda_gradient='none', got {self.lambda_gradient!r}")
         if (self.lambda_alpha is None) != (self.lambda_beta is None):
             raise ValueError(
                 "lambda_alpha and lambda_beta must be given both or neither (which calibrates them), "
@@ -140,9 +145,11 @@ class DTRADES(Defense):
         else:
             raise ValueError("crafted has seen no gradient: pass what DTRADES.craft returned")
         clean_logits, adv_logits = outer_forward(model, batch.images, crafted.adv, self.bn_mode)
-        loss = weighted_kl(
-            clean_logits, adv_logits, batch.labels, sensitivity=sensitivity, **self.weight_at(batch.epoch)
-        )
+        logits = clean_logits, adv_logits, batch.labels
+        loss = weighted_kl(*logits, sensitivity=sensitivity, **self.weight_at(batch.epoch))
+        if self.lambda_shuffle:
+            weight = loss.terms["lambda"][permutation(batch)]
+            loss = weighted_kl(*logits, sensitivity=weight, base=0.0, beta=1.0)
         loss.terms["sensitivity"] = sensitivity.detach()
         if self.calibrates and None in self._weights:
             self._remember(loss.terms["entropy"], loss.terms["sensitivity"])
@@ -210,6 +217,13 @@ class DTRADES(Defense):
         alpha, beta = state["weights"]
         self._weights = (alpha, beta)
         self._recent.extend(sums * (processes.rank() == 0) for sums in state["recent"])
+
+
+def permutation(batch: Batch) -> Tensor:
+    """A random order of the batch, [N], made on its device."""
+    device = batch.labels.device
+    random = torch.Generator(device).manual_seed(rng.key(batch.key, "shuffle"))
+    return torch.randperm(len(batch.labels), generator=random, device=device)
 
 
 def kl_gradient_in_graph(model: nn.Module, images: Tensor, adv: Tensor) -> Tensor:

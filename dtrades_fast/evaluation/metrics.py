@@ -40,7 +40,7 @@ def correct(
             x = attack(form or model, attacked, labels, index=images.ids[part], key=key)
         with torch.no_grad():
             flags.append(model(x).argmax(1) == labels)
-    return torch.cat(flags).cpu()
+    return torch.cat(flags).cpu() if flags else torch.zeros(0, dtype=torch.bool)
 
 
 def accuracy(flags: Tensor) -> float:

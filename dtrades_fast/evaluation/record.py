@@ -148,6 +148,7 @@ def evaluate_model(
         "per_class": metrics.per_class(natural, labels, classes),
         "correct": flag_string(natural),
         "ids": images.ids.tolist(),
+        "labels": labels.tolist(),
         "attacks": results,
         "ra_worst": metrics.accuracy(worst),
         "minimum_norm": {

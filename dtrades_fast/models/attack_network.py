@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dtrades_fast.attacks.base import eval_mode
+from dtrades_fast.attacks.graph import Graph
 from dtrades_fast.models.folding import FoldedNetwork, fold, logits_and_gradients
+from dtrades_fast.models.layout import lay_out
 from dtrades_fast.models.precision import HALF, Autocast, cast_once
 
 __all__ = ["AttackNetwork", "Compiled", "Precision"]
@@ -21,8 +23,11 @@ class Compiled(nn.Module):
 
     def __init__(self, network: nn.Module, backend: str = "inductor"):
         super().__init__()
-        options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
-        self.network = torch.compile(network, backend=backend, options=options)
+        # The network is laid out already, see layout.py; inductor would make all of it channels last.
+        ours: dict[str, Any] = {"fallback_random": True, "layout_optimization": False}
+        options = ours if backend == "inductor" else None
+        # Not isolated, all networks of a class share one limit of compilations, and those beyond it run uncompiled.
+        self.network = torch.compile(network, backend=backend, options=options, isolate_recompiles=True)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
         torch._dynamo.maybe_mark_dynamic(images, 0)
@@ -44,6 +49,7 @@ class AttackNetwork(nn.Module):
         precision: ``"fp32"`` for the model's own; ``"fp16"`` or ``"bf16"`` with logits in float32, unless the sample
             overflows.
         compiled: compile it with :func:`torch.compile`, once for all batch sizes.
+        graph: by which attacks that support it record what they do to this network; none by default.
 
     Attributes:
         how: what it is, in words.
@@ -61,8 +67,10 @@ class AttackNetwork(nn.Module):
         channels_last: bool = True,
         precision: Precision = "fp32",
         compiled: bool = False,
+        graph: Graph | None = None,
     ):
         super().__init__()
+        self.graph = graph
         self.layout = torch.contiguous_format
         with eval_mode(model):
             self.folded = fold(model, images) if folded else None
@@ -72,20 +80,21 @@ class AttackNetwork(nn.Module):
                 self.how = f"BatchNorm folded ({self.folded.folded} of {self.folded.folded + self.folded.kept})"
                 if channels_last:
                     self.layout = torch.channels_last
-                    lay_out(self.folded)
+                    lay_out(self.folded, images, self.folded.own_layers)
                     self.how += ", channels last"
             if precision != "fp32":
                 network = self._in_half(model, images, precision)
         self.plain = network is model
         self.computes_in_half = getattr(network, "computes_in_half", False)
-        self.how += ", compiled" if compiled else ""
+        self.how += (", compiled" if compiled else "") + (", in a CUDA graph" if graph is not None else "")
         self.network = Compiled(network) if compiled else network
 
     def _in_half(self, model: nn.Module, images: Tensor, precision: str) -> nn.Module:
         """The network in mixed precision; without that, if the sample overflows."""
-        folded = None if self.folded is None else cast_once(FoldedNetwork(model), HALF[precision])
+        folded = None if self.folded is None else FoldedNetwork(model)
         if folded is not None and self.layout == torch.channels_last:
-            lay_out(folded)
+            lay_out(folded, images, folded.own_layers, half=True)
+        folded = None if folded is None else cast_once(folded, HALF[precision])
         half = Autocast(folded or model, images.device.type, HALF[precision]).eval()
         logits, gradients = logits_and_gradients(half, images.contiguous(memory_format=self.layout))
         if not (logits.isfinite().all() and gradients.isfinite().all()):
@@ -102,9 +111,3 @@ class AttackNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
-
-
-def lay_out(network: FoldedNetwork) -> None:
-    """Put its own weights into channels-last format; those that it shares stay where they are."""
-    for layer in network.own_layers:
-        layer.to(memory_format=torch.channels_last)

@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from dtrades_fast.models.layout import contiguous_input
+
 __all__ = ["FoldedNetwork", "faithful", "fold"]
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -110,7 +112,8 @@ def foldable_pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[fx.Node, fx.
         layer = norm.args[0] if norm.args else None
         if not isinstance(module, _BatchNorm) or not isinstance(layer, fx.Node) or layer not in calls:
             continue
-        if "weight" not in calls[layer]._parameters or calls[layer]._forward_pre_hooks or calls[layer]._forward_hooks:
+        hooks = [hook for hook in calls[layer]._forward_pre_hooks.values() if hook is not contiguous_input]
+        if "weight" not in calls[layer]._parameters or hooks or calls[layer]._forward_hooks:
             continue  # a weight that is computed anew in each pass
         once = len(layer.users) == uses[layer.target] == uses[norm.target] == 1
         if once and type(calls[layer]) in (nn.Conv2d, nn.Linear) and module.running_mean is not None:
@@ -132,6 +135,7 @@ def frozen_copy(module: Module) -> Module:
         for name, parameter in module._parameters.items()
     }
     twin._buffers = dict(module._buffers)
+    twin._forward_pre_hooks = module._forward_pre_hooks.copy()
     twin._modules = {name: None if m is None else frozen_copy(m) for name, m in module._modules.items()}
     return twin.eval()
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -102,22 +103,31 @@ class Monitor:
 
     def _judge(self, stats: GradientStats, cosine: Tensor | None, loss: Loss, labels: Tensor) -> None:
         assert loss.adv_logits is not None
-        robust = accuracy(loss.adv_logits, labels)
-        flags = {"zero": stats.zero.double().mean() > ZERO}
+        values = {"zero": stats.zero, "fosc": stats.fosc_relative, "robust": loss.adv_logits.argmax(1) == labels}
         if cosine is not None:
-            flags["fosc"] = (stats.fosc_relative.mean() > FOSC) & (cosine.mean() < COSINE)
+            values["cosine"] = cosine
         if loss.clean_logits is not None:
-            above = robust - accuracy(loss.clean_logits, labels)
-            self.meter.add("adv_minus_clean", above[None])
+            values["clean"] = loss.clean_logits.argmax(1) == labels
+        mean = dict(zip(values, mean_of_all(list(values.values())), strict=True))
+        flags = {"zero": mean["zero"] > ZERO}
+        if "cosine" in mean:
+            flags["fosc"] = (mean["fosc"] > FOSC) & (mean["cosine"] < COSINE)
+        if "clean" in mean:
+            above = mean["robust"] - mean["clean"]
+            self._add_of_all("adv_minus_clean", above)
             flags["accuracy"] = above > ABOVE
         chance = 1 / self.classes
-        learned = robust > chance + LEARNED * (1 - chance)
+        learned = mean["robust"] > chance + LEARNED * (1 - chance)
         flags = {reason: flag & learned for reason, flag in flags.items()}
         masked = torch.stack(tuple(flags.values())).any()
-        share = processes.total(masked.double()) / processes.count()  # so that all have the same alarm
-        self.looks_masked.lerp_(share, 1 - MEMORY)
+        self.looks_masked.lerp_(masked.double(), 1 - MEMORY)
         for reason, flag in {**flags, "alarm": self.alarm}.items():
-            self.meter.add(f"masked {reason}", flag[None])
+            self._add_of_all(f"masked {reason}", flag)
+
+    def _add_of_all(self, name: str, value: Tensor) -> None:
+        """What all processes have alike counts once."""
+        if processes.rank() == 0:
+            self.meter.add(name, value[None])
 
     def _split(self, loss: Loss, labels: Tensor) -> None:
         if loss.clean_logits is None:
@@ -201,8 +211,12 @@ class Monitor:
         self.moments, self.histograms = state["moments"], state["histograms"]
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(1) == labels).double().mean()
+def mean_of_all(values: Sequence[Tensor]) -> Tensor:
+    """Means over the samples [N] of all processes, one for each tensor."""
+    sums = [v.double().sum() for v in values]
+    count = torch.full_like(sums[0], len(values[0]))
+    totals = processes.total(torch.stack((count, *sums)))
+    return totals[1:] / totals[0]
 
 
 def moments(count: float, total: float, squares: float) -> dict[str, float | None]:

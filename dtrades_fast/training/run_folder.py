@@ -21,7 +21,8 @@ LOCK = ".lock"
 
 
 class RunFolder:
-    """``runs/NAME/``: config.yaml, env.json, metrics.jsonl, checkpoints, weights, plots, exports and a TensorBoard log.
+    """``runs/NAME/``: config.yaml, env.json, metrics.jsonl, checkpoints, weights, plots, exports and a TensorBoard log;
+    in a study what it knows of the run.
 
     At the end of an epoch the files are written in this order: the metrics line, best.pt and model-best.safetensors,
     model.safetensors, last.pt. A run goes on from last.pt alone, so that wherever it is killed, what is newer than
@@ -42,6 +43,9 @@ class RunFolder:
         self.evaluation = path / "eval.json"
         self.evaluation_state = path / "eval-state"
         self.tensorboard = path / "tensorboard"
+        self.cell = path / "cell.json"  # of a study, like the next two: what was asked for, and how it ended
+        self.beat = path / "cell.beat"  # sign of life of the process that works here
+        self.log = path / "cell.log"
 
     def weights_of(self, epoch: Literal["best", "last"]) -> Path:
         """File of the weights of the best epoch by validation, or of the last one."""

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
@@ -29,11 +29,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from dtrades_fast import data, environment, models, processes, rng
-from dtrades_fast.attacks import PGD
+from dtrades_fast.attacks import PGD, Graph
 from dtrades_fast.config import Config
 from dtrades_fast.defenses import Batch, Loss, Threat
 from dtrades_fast.evaluation import metrics
 from dtrades_fast.models.attack_network import AttackNetwork, Compiled
+from dtrades_fast.models.layout import lay_out
 from dtrades_fast.models.precision import HALF, Autocast
 from dtrades_fast.models.weights import freeze_backbone, load_init_weights
 from dtrades_fast.profiling import span
@@ -51,7 +52,6 @@ MEASURED_STEPS = 3  #: timed for the expectation, after one that warms up
 LOOK_STEPS = 100  #: on a GPU, steps between looks for a loss that is not finite
 SMALLEST_SCALE = 2.0**-14  #: of the loss in fp16, 30 steps without an update below where it begins
 MASKED = "more attack steps, a larger batch or beta, a lower --lr or --on-masking noise may help"
-COMPILERS = ("g++", "clang++", "c++", "cl")
 LOST = ("peer", "Connection", "Socket", "NCCL")  #: in the messages of gloo and NCCL when a process has ended
 LONG_SECONDS = 30 * 60  #: above it, a run on a CPU is told how to become smaller
 
@@ -137,7 +137,8 @@ class Trainer:
         if config.model.freeze_backbone:
             freeze_backbone(self.model)
         self.layout = torch.channels_last if config.speed.channels_last else torch.contiguous_format
-        self.model.to(memory_format=self.layout)
+        if config.speed.channels_last:
+            lay_out(self.model, sets.train.images(slice(SAMPLE)), half=options.precision in HALF)
         augmentation = sets.info.augmentation if config.data.augmentation == "dataset" else None
         self.batches = Batches(
             sets.train, options.batch_size, seed, augmentation, self.layout, (processes.rank(), processes.count())
@@ -153,8 +154,10 @@ class Trainer:
         if processes.count() > 1 and getattr(self.defense, "lambda_gradient", None) == "full":
             raise ValueError("--lambda-gradient full runs in one process only: it differentiates the network twice")
         kind = self.device.split(":")[0]
-        if config.speed.compile and kind == "cpu" and not any(map(shutil.which, COMPILERS)):
-            raise ValueError("--compile needs a C++ compiler on a CPU: install g++, or leave it out")
+        if config.speed.compile and kind == "cpu":
+            check_compiler()
+        if config.speed.cuda_graphs and kind != "cuda":
+            raise ValueError(f"--cuda-graphs needs --device cuda, got {kind}: leave it out")
         scaled = options.precision == "fp16"
         fused = scaled or kind == "cuda"
         self.optimizer = schedules.create_optimizer(options, self.model.parameters(), fused)
@@ -163,6 +166,7 @@ class Trainer:
         self.one = torch.ones((), device=self.device)  # shows the scale, which has no other public view on the device
         self.ema = None if options.ema is None else MovingAverage(self.model, options.ema)
         self.step = 0  # optimizer steps done
+        self.begun_by = processes.count()  # processes of the run that is resumed
         self.meter = Meter()
         self.monitor = Monitor(len(sets.info.classes), config.attack.masking_noise, self.device)
         self.tracker = tracking.create(config.run.track, folder.tensorboard)
@@ -210,10 +214,9 @@ class Trainer:
                 if ends_epoch:
                     self.end_epoch(epoch + 1, lr)
                     saved_at = time.monotonic()
-                stopping = processes.any_of(bool(stop))
-                if not ends_epoch and processes.any_of(
-                    stopping or time.monotonic() - saved_at >= 60 * self.config.run.checkpoint_minutes
-                ):
+                due = time.monotonic() - saved_at >= 60 * self.config.run.checkpoint_minutes
+                stopping, due = processes.any_of(bool(stop), due)
+                if not ends_epoch and (stopping or due):
                     self.check_state()
                     self.save(self.folder.last)
                     saved_at = time.monotonic()
@@ -256,7 +259,7 @@ class Trainer:
 
     def average_statistics(self, share: float) -> None:
         """Give all processes the mean of what BatchNorm has seen in each, so that they attack the same network."""
-        norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm) and module.training]
         buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
         if processes.count() == 1 or not buffers:
             return
@@ -286,7 +289,9 @@ class Trainer:
         network = Compiled(network) if self.config.speed.compile else network
         if processes.count() == 1:
             return network
-        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():  # of the name that torch 2.13 has for not sending buffers around
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def attack_network(self, model: nn.Module) -> AttackNetwork:
         """What attacks call: a form of the model, up to date until the model changes."""
@@ -298,6 +303,7 @@ class Trainer:
             channels_last=speed.channels_last,
             precision=self.config.optimization.precision,  # type: ignore[arg-type]  # resolved, no longer auto
             compiled=speed.compile,
+            graph=Graph() if speed.cuda_graphs else None,
         )
 
     def threat_at(self, step: int) -> Threat:
@@ -414,7 +420,7 @@ class Trainer:
         attack = PGD(self.threat.epsilon, self.config.attack.validation_steps, norm=self.threat.norm)
         key = rng.key(self.config.run.seed, "validation")
         size = self.config.optimization.batch_size
-        mine = images.subset(torch.arange(processes.rank(), len(images), processes.count(), device=self.device))
+        mine = images.subset(torch.arange(len(images), device=self.device)[processes.rank() :: processes.count()])
         self.validated.refresh()
         flags = [
             metrics.correct(self.deployed(), mine, attacked, key, size, self.validated) for attacked in (None, attack)
@@ -457,12 +463,14 @@ class Trainer:
             "defense": self.defense.state_dict(),
             "best": self.best,
             "seconds": self.epoch_seconds,
+            "processes": processes.count(),
         }
 
     def restore(self) -> None:
         """Go back to where ``last.pt`` was saved."""
         state = checkpoint.load_state(self.folder.last)
         self.step, self.best, self.epoch_seconds = state["step"], state["best"], state["seconds"]
+        self.begun_by = state.get("processes", 1)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -493,7 +501,8 @@ class Trainer:
         """The latest batch in a line."""
         shown = [name for name in ("loss", "na", "ra", "lambda") if name in self.meter.latest]
         batch = " ".join(f"{name} {self.meter.latest_mean(name):.3g}" for name in shown)
-        done = self.meter.sums["loss"][0].item()
+        batch_number = self.step % len(self.batches) or len(self.batches)
+        done = min(batch_number * self.batches.batch_size, len(self.sets.train))
         masked = f", {message}" if (message := self.monitor.message()) else ""
         return f"{batch} {done / self.epoch_seconds:.0f} images/s{masked}"
 
@@ -527,6 +536,11 @@ class Trainer:
         self.say(f"  attacked   {self.attacked.how}")
         if self.step:
             self.say(f"  resumed    after step {self.step:,}, in epoch {self.step // len(self.batches) + 1}")
+        if self.begun_by != processes.count():
+            self.say(
+                f"             saved by {self.begun_by} processes, goes on with {processes.count()}: the result is not "
+                "that of a run without the change, since BatchNorm and dropout see other parts of a batch"
+            )
 
     def expect(self, per_step: float) -> None:
         """Say how long it will take, from the seconds per step and one batch of the validation."""
@@ -561,6 +575,18 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, fine in zip(tensors, finite, strict=True) if not fine]
 
 
+def check_compiler() -> None:
+    """Raise ValueError where torch.compile would find no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # imported late, for it takes a while
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # of a class that is not public
+        raise ValueError(
+            f"--compile needs a C++ compiler on a CPU: install g++ or set CXX, or leave it out ({error})"
+        ) from None
+
+
 def create_model(config: Config, info: data.DataInfo) -> models.Classifier:
     """The untrained network of a configuration; its weights come from torch's global generator."""
     mean, std = info.normalization(config.model.normalization)
@@ -577,26 +603,35 @@ def create_model(config: Config, info: data.DataInfo) -> models.Classifier:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT are put into; a second one of the same kind acts as usual."""
+    """A list that SIGTERM and SIGINT are put into; a second one of the same kind acts as usual.
+
+    Of several processes, torchrun passes on a signal that may have reached them already, or that another one has ended,
+    and kills them 30 seconds later: there a second one is ignored, and any after an error, which is yet to be printed.
+    """
     received: list[int] = []
     before: dict[int, Any] = {}
 
     def note(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
-        signal.signal(signum, before[signum])
+        if processes.count() == 1:
+            signal.signal(signum, before[signum])
 
     try:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             for name in (signal.SIGTERM, signal.SIGINT):
                 before[name] = signal.signal(name, note)
         yield received
+    except BaseException:
+        if processes.count() > 1:
+            before = dict.fromkeys(before, signal.SIG_IGN)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextmanager
-def told_of_lost_processes(trainer: Trainer) -> Iterator[None]:
+def told_of_lost_processes(folder: Path) -> Iterator[None]:
     """What the libraries say when another process of the run has ended, in plain words."""
     try:
         yield
@@ -605,7 +640,7 @@ def told_of_lost_processes(trainer: Trainer) -> Iterator[None]:
             raise
         raise TrainingError(
             f"another process of this run has ended, what it said tells why. Go on from the last checkpoint with "
-            f"--resume: {trainer.folder.path}"
+            f"--resume: {folder}"
         ) from error
 
 
@@ -618,7 +653,7 @@ def train(config: Config, console: Console | None = None) -> RunFolder:
         TrainingError: the loss is not finite.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
-    with processes.joined() as rank:
+    with processes.joined() as rank, told_of_lost_processes(config.folder):
         return _train(config, console or Console(quiet=rank > 0))
 
 
@@ -639,7 +674,8 @@ def _train(config: Config, console: Console) -> RunFolder:
     env |= {"data": {"name": sets.info.name, "fingerprint": sets.info.fingerprint}}
     first = processes.rank() == 0
     with folder.locked() if first else nullcontext(), stop_signals() as stop, closing(trainer.tracker):
-        if processes.any_of(first and folder.open(config, env)):
+        (resuming,) = processes.any_of(first and folder.open(config, env))
+        if resuming:
             trainer.restore()
         elif config.model.init_weights is not None:
             trainer.load_initial_weights(config.model.init_weights)
@@ -650,8 +686,7 @@ def _train(config: Config, console: Console) -> RunFolder:
             trainer.say(f"run {folder.path} is finished, there is nothing to resume")
         else:
             trainer.plan()
-            with told_of_lost_processes(trainer):
-                trainer.fit(stop)
+            trainer.fit(stop)
     assert trainer.best is not None
     trainer.say(
         f"best epoch {trainer.best['epoch']}: validation na {trainer.best['na']:.1%} ra {trainer.best['ra']:.1%}; "

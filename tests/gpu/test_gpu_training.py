@@ -76,6 +76,31 @@ def test_a_cuda_graph_of_the_attack_equals_eager(attack: PGD) -> None:
 
 @gpu.cuda_only
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("method", [name for name in defenses.names() if name != "standard"])
+def test_training_by_cuda_graphs_is_the_same(data: Path, tmp_path: Path, method: str, precision: str) -> None:
+    """To the bit, with an epoch's smaller last batch, and the host waits for nothing once the attack is recorded."""
+    states = []
+    try:
+        for extra in ((), ("--cuda-graphs",)):
+            words = ("--arch", "resnet18", "--width", "8", "--batch-size", "7", "--epochs", "3", "--deterministic")
+            t = trainer(data, tmp_path, *words, "--method", method, "--precision", precision, *extra)
+            torch.use_deterministic_algorithms(True)
+            network = t.network(t.model)
+            while t.step < t.total_steps:
+                within = 0 < t.step - len(t.batches) < len(t.batches)  # the second epoch, but its first step
+                torch.cuda.set_sync_debug_mode("error" if within else "default")
+                t.train_step(network)
+            states.append(t.state())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.use_deterministic_algorithms(False)
+    assert t.attacked.graph is not None
+    assert t.attacked.graph.recorded == 1
+    assert_same(states[0], states[1])
+
+
+@gpu.cuda_only
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("method", defenses.names())
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_training_step_waits_for_nothing(

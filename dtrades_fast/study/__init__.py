@@ -1,0 +1,1 @@
+"""A grid of runs: from a file to trained and evaluated cells, their statistics and a report."""

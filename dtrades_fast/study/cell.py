@@ -1,0 +1,286 @@
+"""One cell of a study: running it, and how far it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dtrades_fast import config
+from dtrades_fast.evaluation import evaluate
+from dtrades_fast.study.grid import Cell
+from dtrades_fast.training import trainer
+from dtrades_fast.training.checkpoint import write_text
+from dtrades_fast.training.run_folder import RunFolder
+
+__all__ = ["Machine", "State", "can_go_on", "look", "run"]
+
+VERSION = 1  #: of cell.json
+BEAT_SECONDS = 10.0  #: between signs of life
+DEAD_SECONDS = 60.0  #: after the last one
+Status = Literal["waiting", "running", "done", "failed"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a cell runs: options of training and evaluation that change no result, or are the machine's."""
+
+    device: str = "auto"
+    threads: int | None = None
+    data_root: str | None = None
+
+    @property
+    def words(self) -> list[str]:
+        given = {"--device": self.device, "--threads": self.threads, "--data-root": self.data_root}
+        return [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a cell is.
+
+    Attributes:
+        status: ``waiting`` also for one that was killed and will go on.
+        stage: what it does, or why it failed.
+        epoch: of training, done.
+        epochs: of training, in all.
+        validation: NA and RA after the last epoch, as shares.
+        seconds: spent on training so far.
+    """
+
+    status: Status
+    stage: str = ""
+    epoch: int = 0
+    epochs: int = 0
+    validation: tuple[float, float] | None = None
+    seconds: float = 0.0
+
+
+def run(cell: Cell, runs_dir: Path, machine: Machine) -> None:
+    """Train and evaluate the cell, or go on where it was left; evaluations that need untrained cells are left out.
+
+    Raises:
+        ValueError: an option that is not possible, or the folder has a cell of other options.
+        Interrupted: a signal came; what is done is saved.
+        Exception: whatever training or evaluation raise; ``cell.json`` says so.
+    """
+    check(cell, runs_dir)
+    folder = RunFolder(runs_dir / cell.name)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    record = Record(cell, folder)
+    try:
+        with _beating(folder) as beat:
+            if not record.trained or not folder.best_weights.is_file():
+                beat("training")
+                trainer.train(cell.config(runs_dir, "--resume", *machine.words))
+                record.note("begun", trained=True)
+            while (options := _next_evaluation(cell, runs_dir, record.evaluated)) is not None:
+                beat(f"evaluation {len(record.evaluated) + 1} of {len(cell.evaluations)}")
+                began = time.monotonic()
+                evaluate.main([*evaluation_words(cell, runs_dir, options), "--resume", *machine.words], "evaluate")
+                record.note("begun", options, time.monotonic() - began)
+    except trainer.Interrupted:
+        raise
+    except (Exception, SystemExit) as error:
+        record.note("failed", error=str(error) or type(error).__name__)
+        raise
+    if not _missing(cell, record.evaluated):
+        record.note("done")
+
+
+class Record:
+    """``cell.json`` of a cell that is run: what was asked for, what is done, and how it ended."""
+
+    def __init__(self, cell: Cell, folder: RunFolder):
+        self.cell, self.folder = cell, folder
+        kept = _kept(folder)
+        self.trained = bool(kept.get("trained"))
+        self.evaluated: list[Any] = kept.get("evaluated", [])
+        self.seconds = float(kept.get("seconds", {}).get("evaluation", 0.0))  # of evaluations
+        self.note("begun")
+
+    def note(
+        self,
+        status: Literal["begun", "failed", "done"],
+        evaluated: Any = None,
+        seconds: float = 0.0,
+        *,
+        trained: bool = False,
+        error: str | None = None,
+    ) -> None:
+        """Write how it is, with what was done just now."""
+        self.trained = self.trained or trained
+        self.evaluated += [evaluated] if evaluated is not None else []
+        self.seconds += seconds
+        content = {
+            "version": VERSION,
+            "status": status,
+            "place": self.cell.place,
+            "asked": self.cell.asked(),
+            "trained": self.trained,
+            "evaluated": self.evaluated,
+            "seconds": {"training": _training_seconds(self.folder), "evaluation": self.seconds},
+            "error": error,
+        }
+        write_text(self.folder.cell, json.dumps(content, indent=1) + "\n")
+
+
+def evaluation_words(cell: Cell, runs_dir: Path, options: Mapping[str, Any]) -> list[str]:
+    """Of ``dtrades-fast evaluate``."""
+    own = {name: value for name, value in options.items() if name != "surrogates"}
+    others = options.get("surrogates", ())
+    return [cell.name, "--runs-dir", str(runs_dir), *config.words(own), *(["--surrogates", *others] if others else [])]
+
+
+def can_go_on(cell: Cell, runs_dir: Path) -> bool:
+    """Whether there is something to do for it that waits for no other cell."""
+    kept = _kept(RunFolder(runs_dir / cell.name))
+    if not kept.get("trained"):
+        return cell.start is None or _is_trained(cell.start, runs_dir)
+    return _next_evaluation(cell, runs_dir, kept["evaluated"]) is not None
+
+
+def _next_evaluation(cell: Cell, runs_dir: Path, evaluated: Sequence[Any]) -> Any:
+    """The first one that is missing and has its surrogates, or None."""
+    for options in _missing(cell, evaluated):
+        if all(_is_trained(name, runs_dir) for name in options.get("surrogates", ())):
+            return options
+    return None
+
+
+def _is_trained(name: str, runs_dir: Path) -> bool:
+    folder = RunFolder(runs_dir / name)
+    return bool(_kept(folder).get("trained")) and folder.best_weights.is_file()
+
+
+def _training_seconds(folder: RunFolder) -> float:
+    return float(sum(line["seconds"] for line in folder.read_metrics()))
+
+
+def look(cell: Cell, runs_dir: Path) -> State:
+    """How far it is, from its folder alone.
+
+    Raises:
+        ValueError: the folder has a cell of other options.
+    """
+    folder = RunFolder(runs_dir / cell.name)
+    state = _kept(folder)
+    check(cell, runs_dir)
+    lines = folder.read_metrics()
+    about: dict[str, Any] = {"epoch": len(lines), "epochs": cell.epochs, "seconds": _training_seconds(folder)}
+    if lines:
+        last = lines[-1]["validation"]
+        about["validation"] = (last["na"], last["ra"])
+    if (stage := _alive(folder)) is not None:
+        return State("running", stage, **about)
+    if state.get("status") == "done" and not _missing(cell, state["evaluated"]):
+        return State("done", **about)
+    if state.get("status") == "failed":
+        return State("failed", state["error"], **about)
+    return State("waiting", "was stopped" if state else "", **about)
+
+
+def check(cell: Cell, runs_dir: Path) -> None:
+    """Refuse a folder of that name with a training of other options."""
+    state = _kept(RunFolder(runs_dir / cell.name))
+    if not state:
+        return
+    asked, there = cell.asked(), state["asked"]
+    names = [name for name in {**asked["options"], **there["options"]} if name]
+    differences = [
+        f"{name}: {asked['options'].get(name)} here, {there['options'].get(name)} there"
+        for name in names
+        if asked["options"].get(name) != there["options"].get(name)
+    ]
+    if asked["start"] != there["start"]:
+        differences.append(f"start: {asked['start']} here, {there['start']} there")
+    if differences:
+        raise ValueError(
+            f"{runs_dir / cell.name} was trained with other options than the study asks for now "
+            f"({'; '.join(differences)}): choose another --runs-dir, or move that folder away"
+        )
+    weights = RunFolder(runs_dir / cell.name).best_weights
+    missing = _missing(cell, state["evaluated"])
+    if state["status"] == "done" and missing and not weights.is_file():
+        raise ValueError(
+            f"{runs_dir / cell.name} is finished but for the evaluation {missing[0]}, which needs its weights, and "
+            f"{weights.name} is not there: put it there, or move the folder away to train again"
+        )
+
+
+def _missing(cell: Cell, evaluated: Sequence[Any]) -> list[Any]:
+    """Evaluations that are asked for and not done."""
+    return [options for options in cell.asked()["evaluations"] if options not in evaluated]
+
+
+def _kept(folder: RunFolder) -> dict[str, Any]:
+    """``cell.json``, empty if there is none.
+
+    Raises:
+        ValueError: it is damaged, or of another version.
+    """
+    if not folder.cell.is_file():
+        return {}
+    try:
+        state = json.loads(folder.cell.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder.cell} is damaged ({error}): move {folder.path} away") from error
+    if state.get("version") != VERSION:
+        raise ValueError(f"{folder.cell} has version {state.get('version')}, this package reads {VERSION}")
+    return dict(state)
+
+
+@contextmanager
+def _beating(folder: RunFolder) -> Iterator[Any]:
+    """A sign of life in the folder while inside; gives a function that says what is done now."""
+    stage, ended = [""], threading.Event()
+
+    def write() -> None:
+        write_text(folder.beat, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "stage": stage[0]}))
+
+    def keep() -> None:
+        while not ended.wait(BEAT_SECONDS):
+            write()
+
+    def say(what: str) -> None:
+        stage[0] = what
+        write()
+
+    say("beginning")
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield say
+    finally:
+        ended.set()
+        thread.join()
+        folder.beat.unlink(missing_ok=True)
+
+
+def _alive(folder: RunFolder) -> str | None:
+    """What a process that works in the folder does now; None if there is none."""
+    try:
+        age = time.time() - folder.beat.stat().st_mtime
+        beat = json.loads(folder.beat.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    if age > DEAD_SECONDS or (beat["host"] == socket.gethostname() and not _runs(beat["pid"])):
+        return None
+    return str(beat["stage"])
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,272 @@
+"""What can be said of a few seeds: means, paired differences with their uncertainty, trade-offs.
+
+Two sources of chance are kept apart. Another training gives another network: the t interval over seeds speaks of that.
+Other test points give other accuracies of the same networks: the bootstrap speaks of that. Neither covers the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+__all__ = [
+    "Interval",
+    "Paired",
+    "Summary",
+    "area_under_front",
+    "at_equal",
+    "bootstrap",
+    "difference_of_fronts",
+    "harmonic",
+    "paired",
+    "pareto",
+    "summary",
+    "verdict",
+]
+
+LEVEL = 0.95
+POWER = 0.8
+MOST_SEEDS = 10_000  #: beyond it, no number of seeds is named
+RESAMPLES = 10_000
+CHUNK = 500  #: resamples at a time
+
+Point = tuple[float, float]  #: clean and robust accuracy
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of values over seeds.
+
+    Attributes:
+        mean: their mean.
+        deviation: their standard deviation, with n - 1; NaN of one value.
+        count: how many there are.
+    """
+
+    mean: float
+    deviation: float
+    count: int
+
+
+def summary(values: ArrayLike) -> Summary:
+    """Mean and standard deviation of [n] values.
+
+    Raises:
+        ValueError: there is no value, or one is not finite.
+    """
+    x = np.asarray(values, dtype=float)
+    if x.size == 0 or not np.isfinite(x).all():
+        raise ValueError(f"a summary needs finite values, got {x.tolist()}")
+    return Summary(float(x.mean()), float(x.std(ddof=1)) if x.size > 1 else math.nan, x.size)
+
+
+# ---- differences -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean difference, and where it lies with the confidence of the level."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def resolved(self) -> bool:
+        """Whether it excludes zero."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Paired(Interval):
+    """Differences on the same seeds.
+
+    Attributes:
+        deviation: standard deviation of the differences; NaN of one.
+        count: seeds that both have.
+        dropped: seeds that only one of both has.
+        needed: seeds at which the interval would exclude zero, were mean and deviation as seen; None if the mean is 0,
+            the deviation is unknown or more than 10,000 would be needed.
+        needed_for_power: seeds at which it would with a probability of 80 %, were these the true ones: more, since the
+            next mean may come out smaller than this one.
+    """
+
+    deviation: float
+    count: int
+    dropped: int
+    needed: int | None
+    needed_for_power: int | None
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float], level: float = LEVEL) -> Paired:
+    r"""Interval of the mean of ``ours - theirs`` by Student's t with n - 1 degrees of freedom.
+
+    .. math:: \bar d \pm t_{n-1, (1 + level) / 2}\, s_d / \sqrt n
+
+    It takes the differences for normal, which a few seeds cannot show. One seed gives an infinite interval; differences
+    that are all the same give one without width, which says that the seeds do not vary, not that the value is exact.
+
+    Args:
+        ours, theirs: seed -> value.
+
+    Raises:
+        ValueError: they have no seed in common.
+    """
+    seeds = sorted(set(ours) & set(theirs))
+    if not seeds:
+        raise ValueError(f"no seed in common: {sorted(ours)} and {sorted(theirs)}")
+    found = summary([ours[seed] - theirs[seed] for seed in seeds])
+    mean, deviation, count = found.mean, found.deviation, found.count
+    half = half_width(deviation, count, level)
+    return Paired(
+        mean=mean,
+        low=mean - half,
+        high=mean + half,
+        deviation=deviation,
+        count=count,
+        dropped=len(set(ours) ^ set(theirs)),
+        needed=smallest_count(lambda n: half_width(deviation, n, level) < abs(mean), mean, deviation),
+        needed_for_power=smallest_count(lambda n: power(mean, deviation, n, level) >= POWER, mean, deviation),
+    )
+
+
+def half_width(deviation: float, count: int, level: float) -> float:
+    """Of the t interval of a mean."""
+    if count < 2:
+        return math.inf
+    return float(stats.t.ppf((1 + level) / 2, count - 1) * deviation / math.sqrt(count))
+
+
+def power(mean: float, deviation: float, count: int, level: float) -> float:
+    """Probability that the t interval of so many differences excludes zero on the side of the true mean."""
+    if deviation == 0:
+        return 1.0
+    threshold = stats.t.ppf((1 + level) / 2, count - 1)
+    return float(stats.nct.sf(threshold, count - 1, abs(mean) / deviation * math.sqrt(count)))
+
+
+def smallest_count(enough: Callable[[int], bool], mean: float, deviation: float) -> int | None:
+    """The smallest number of seeds, from 2 on, that is enough; more are enough, too."""
+    if mean == 0 or math.isnan(deviation) or not enough(MOST_SEEDS):
+        return None
+    low, high = 1, MOST_SEEDS  # not enough, enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def bootstrap(
+    ours: ArrayLike, theirs: ArrayLike, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Interval of the mean of ``ours - theirs`` over other test points, for these trained networks.
+
+    Points are drawn with replacement, the same ones for both methods and all seeds; the interval lies between the
+    percentiles of the mean differences that come out.
+
+    Args:
+        ours, theirs: [seeds, points], e.g. 1 where a point stands; the same points and seeds.
+        level: of confidence.
+        resamples: how often points are drawn.
+        seed: of the drawing.
+
+    Raises:
+        ValueError: the shapes differ, nothing is there or a value is not finite.
+    """
+    a, b = (np.atleast_2d(np.asarray(x, dtype=float)) for x in (ours, theirs))
+    if a.shape != b.shape or a.size == 0:
+        raise ValueError(f"both must have the same seeds and points, got {list(a.shape)} and {list(b.shape)}")
+    per_point = (a - b).mean(0)
+    if bad := int((~np.isfinite(per_point)).sum()):
+        raise ValueError(f"{bad} of {len(per_point)} points have no result")
+    random, points = np.random.default_rng(seed), len(per_point)
+    means = []
+    for first in range(0, resamples, CHUNK):
+        drawn = random.multinomial(points, np.full(points, 1 / points), size=min(CHUNK, resamples - first))
+        means.append(drawn @ per_point / points)
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(per_point.mean()), float(low), float(high))
+
+
+def verdict(found: Paired, name: str, other: str, unit: str = "points", decimals: int = 1) -> str:
+    """A sentence: which is higher, if the interval excludes zero, or that it is not resolved.
+
+    Args:
+        found: ``name`` minus ``other``.
+        name, other: as they are called.
+        unit: of the values.
+        decimals: that are shown.
+    """
+    unit = f" {unit}" if unit else ""
+    difference = f"{name} minus {other} {found.mean:+.{decimals}f}{unit}"
+    if found.count == 1:
+        return f"not resolved: {difference}, one seed"
+    interval = f"95 % interval {found.low:+.{decimals}f} to {found.high:+.{decimals}f}, {found.count} seeds"
+    if found.resolved:
+        above, below = (name, other) if found.mean > 0 else (other, name)
+        return f"{above} is {abs(found.mean):.{decimals}f}{unit} above {below} ({interval})"
+    needed = found.needed_for_power
+    more = f"about {needed} seeds would be needed" if needed else "no number of seeds would do"
+    return f"not resolved: {difference} ({interval}; {more})"
+
+
+# ---- trade-offs ------------------------------------------------------------------------------------------------------
+
+
+def harmonic(na: float, ra: float) -> float:
+    """Harmonic mean of clean and robust accuracy: high only if both are; 0 if one is."""
+    return 2 * na * ra / (na + ra) if na + ra > 0 else 0.0
+
+
+def pareto(points: Sequence[Point]) -> list[int]:
+    """Positions of the points that no other one exceeds: at least equal in both accuracies, higher in one."""
+    return [
+        i for i, (na, ra) in enumerate(points) if not any(n >= na and r >= ra and (n > na or r > ra) for n, r in points)
+    ]
+
+
+def area_under_front(points: Sequence[Point], scale: float = 100.0) -> float:
+    """Share, 0 to 1, of the square of all accuracies that some point exceeds: hypervolume from (0, 0).
+
+    Args:
+        points: accuracies from 0 to ``scale``.
+        scale: of the accuracies: 100 for per cent.
+    """
+    area, height = 0.0, 0.0
+    for na, ra in sorted((points[i] for i in pareto(points)), reverse=True):  # clean accuracy falls, robust rises
+        area += na * max(0.0, ra - height)
+        height = max(height, ra)
+    return area / scale**2
+
+
+def at_equal(front: Sequence[Point], na: ArrayLike) -> NDArray[np.float64]:
+    """Robust accuracy of a front at given clean accuracies, linear between its points; NaN where it has none.
+
+    Linear interpolation is what a classifier reaches that picks one of two neighbouring networks at random.
+
+    Args:
+        front: points of a method with several settings; those that another one exceeds are left out.
+        na: clean accuracies.
+    """
+    kept = sorted({front[i] for i in pareto(front)})
+    x, y = (np.array([point[axis] for point in kept]) for axis in (0, 1))
+    return np.interp(np.asarray(na, dtype=float), x, y, left=math.nan, right=math.nan)
+
+
+def difference_of_fronts(ours: Sequence[Point], theirs: Sequence[Point], steps: int = 200) -> float | None:
+    """Mean difference in robust accuracy at equal clean accuracy, over the clean accuracies that both fronts have.
+
+    Returns:
+        ``ours - theirs``, or None if no clean accuracy is common to both.
+    """
+    ends = [sorted(front[i][0] for i in pareto(front)) for front in (ours, theirs)]
+    low, high = max(ends[0][0], ends[1][0]), min(ends[0][-1], ends[1][-1])
+    if low > high:
+        return None
+    na = np.linspace(low, high, steps)
+    return float((at_equal(ours, na) - at_equal(theirs, na)).mean())

@@ -1,0 +1,444 @@
+"""A study's report: its numbers, what it says when they are few, and a page that a browser shows without complaint."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_run
+
+from dtrades_fast import cli
+from dtrades_fast.study import cell as cells
+from dtrades_fast.study import results, tables
+from dtrades_fast.study.blocks import Table, latex, markdown
+from dtrades_fast.study.cell import Machine
+from dtrades_fast.study.grid import Cell, Study, read
+from dtrades_fast.study.results import Results, load
+
+POINTS, CLASSES = 40, 4
+FILE = """
+description: Made up, with 50 % & more <of everything>.
+defaults: {preset: quick, dataset: mnist5k, arch: resnet18, seed: [0, 1, 2], epochs: 2}
+runs:
+  - {method: at}
+  - {method: trades, beta: [1, 4]}
+  - {method: dtrades, lambda_mean: [1, 4]}
+  - {method: dtrades, lambda_mean: 4, lambda_share: 0, label: entropy only, part: ablation}
+  - {method: faal, init_weights: {method: trades, beta: 4}}
+evaluations:
+  - {attacks: [fgsm, pgd20], limit: 40, checkpoint: [best, last]}
+  - {suite: minimum-norm, limit: 40, checkpoint: last, only: {part: main}}
+"""
+
+
+# ---- folders as training and evaluation leave them -------------------------------------------------------------------
+
+
+def accuracy_of(cell: Cell) -> tuple[int, int]:
+    """Points that are correct and that stand: D-TRADES 4 stands on five more than TRADES of the seed, which vary."""
+    seed = cell.seed
+    base = {"at": (30, 12), "trades": (32 + seed, 14 + seed), "faal": (31, 10 + 3 * seed)}
+    if cell.method == "dtrades":
+        return (32 + seed, 19 + seed) if cell.setting == "lambda_mean 4" else (34 + seed, 10 + 2 * seed)
+    na, ra = base[cell.method]
+    return (na + 3, ra - 4) if cell.setting == "beta 1" else (na, ra)
+
+
+def flags(count: int) -> str:
+    return "1" * count + "0" * (POINTS - count)
+
+
+def evaluation(cell: Cell, checkpoint: str) -> dict[str, Any]:
+    na, ra = accuracy_of(cell)
+    ra -= 2 * (checkpoint == "last")
+    labels = [i % CLASSES for i in range(POINTS)]
+    masked = cell.method == "faal" and cell.seed == 2
+    return {
+        "checkpoint": checkpoint,
+        "points": POINTS,
+        "ids": list(range(POINTS)),
+        "labels": labels,
+        "epsilon": "0.3",
+        "norm": "linf",
+        "na": na / POINTS,
+        "correct": flags(na),
+        "per_class": {f"class{i}": 0.5 for i in range(CLASSES)},
+        "attacks": {
+            # on other points than pgd20 by one: both together leave one fewer
+            "fgsm": {"ra": (ra + 3) / POINTS, "correct": "0" + flags(ra + 4)[1:]},
+            "pgd20": {"ra": ra / POINTS, "correct": flags(ra)},
+        },
+        "minimum_norm": {},
+        "verdict": {"verdict": "masked" if masked else "healthy", "reasons": ["too good"] if masked else []},
+    }
+
+
+def minimum_norms(cell: Cell) -> dict[str, Any]:
+    norms = [0.1 + 0.01 * i for i in range(POINTS - 1)] + [None]
+    entry = {"cap": 1.0, "apn": {"mean": 0.3 + 0.01 * cell.seed, "points": POINTS}, "per_point": norms}
+    return {**evaluation(cell, "last"), "attacks": {}, "minimum_norm": {"linf": entry}}
+
+
+def epoch_line(cell: Cell, epoch: int) -> dict[str, Any]:
+    histogram = {"edges": [0.1, 1.0, 10.0], "correct": [0, 3, 5, 0], "wrong": [0, 1, 1, 0]}
+    weighted = {"lambda": {"mean": 3.0 + epoch}} if cell.method == "dtrades" else {}
+    return {
+        "epoch": epoch,
+        "step": 10 * epoch,
+        "train": {"loss": {"mean": 2.0 / epoch}, **weighted},
+        "validation": {"na": 0.3 * epoch, "ra": 0.1 * epoch},
+        "seconds": 60.0,
+        "monitor": {"alarms": {"steps": 5 if cell.method == "faal" else 0}, "lambda": {"histogram": histogram}},
+        "defense": {},
+    }
+
+
+def finish(cell: Cell, runs: Path) -> None:
+    folder = runs / cell.name
+    folder.mkdir(parents=True)
+    config = cell.config(runs).resolved("0.3")
+    (folder / "config.yaml").write_text(config.to_yaml())
+    versions = {"python": "3.12", "torch": "2.14"}
+    env = {"versions": versions, "commit": "abc", "platform": "Linux", "device": "cpu", "backend": "C++", "threads": 1}
+    (folder / "env.json").write_text(json.dumps(env))
+    lines = [json.dumps(epoch_line(cell, epoch)) for epoch in (1, 2)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    records = [evaluation(cell, "best"), evaluation(cell, "last")]
+    records += [minimum_norms(cell)] if cell.part == "main" else []
+    (folder / "eval.json").write_text(json.dumps({"schema": 2, "evaluations": records}))
+    content = {
+        "version": 1,
+        "status": "done",
+        "place": cell.place,
+        "asked": cell.asked(),
+        "trained": True,
+        "error": None,
+    }
+    content |= {"evaluated": cell.asked()["evaluations"], "seconds": {"training": 120.0, "evaluation": 60.0}}
+    (folder / "cell.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    path = tmp_path_factory.mktemp("study") / "made-up.yaml"
+    path.write_text(FILE)
+    return read(path)
+
+
+@pytest.fixture(scope="module")
+def runs(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for cell in study.cells:
+        finish(cell, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(study: Study, runs: Path) -> Results:
+    return load(study, runs)
+
+
+@pytest.fixture(scope="module")
+def report(study: Study, runs: Path) -> Path:
+    assert cli.main(["report", str(study.path), "--runs-dir", str(runs)]) == 0
+    return runs / "report"
+
+
+def cell_of(table: Table, row: str, column: str) -> str:
+    (line,) = [line for line in table.rows if line[0] == row]
+    return line[list(table.header).index(column)]
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_means_and_deviations_are_those_of_the_seeds(found: Results) -> None:
+    (group,) = found.groups
+    assert group.attacks("last") == ["fgsm", "pgd20"]
+    table = tables.accuracies(group, "main", "last")
+    assert table is not None
+    shares = {
+        name: [100 * value / POINTS for value in values]
+        for name, values in {"na": (32, 33, 34), "ra": (12, 13, 14)}.items()
+    }
+    assert (
+        cell_of(table, "TRADES (beta 4)", "NA") == f"{np.mean(shares['na']):.1f} ± {np.std(shares['na'], ddof=1):.1f}"
+    )
+    assert cell_of(table, "TRADES (beta 4)", "RA pgd20") == "32.5 ± 2.5"
+    worst = [100 * (value - 1) / POINTS for value in (12, 13, 14)]  # fgsm alone breaks one more
+    assert cell_of(table, "TRADES (beta 4)", "RA worst") == f"{np.mean(worst):.1f} ± {np.std(worst, ddof=1):.1f}"
+    assert cell_of(table, "TRADES (beta 4)", "RD") == "52.5 ± 0.0"
+    assert cell_of(table, "TRADES (beta 4)", "ASR of all") == "70.0 ± 2.5"
+    assert (
+        cell_of(table, "TRADES (beta 4)", "ASR of correct")
+        == f"{np.mean([100 * 21 / n for n in (32, 33, 34)]):.1f} ± 1.9"
+    )
+    assert cell_of(table, "TRADES (beta 4)", "best − last RA") == "5.0 ± 0.0"
+    assert cell_of(table, "TRADES (beta 4)", "APN Linf") == "0.310 ± 0.010"
+    assert [line[0] for line in table.rows] == [
+        "PGD-AT",
+        "TRADES (beta 1)",
+        "TRADES (beta 4)",
+        "D-TRADES (lambda_mean 1)",
+        "D-TRADES (lambda_mean 4)",
+        "FAAL",
+    ]
+    ablation = tables.accuracies(group, "ablation", "best")
+    assert ablation is not None
+    assert [line[0] for line in ablation.rows] == ["D-TRADES (entropy only)"]
+
+
+def test_robust_accuracy_by_class(found: Results) -> None:
+    """12 of 40 points stand, the first one not: of class 0 two of ten, of the others three."""
+    (group,) = found.groups
+    (result,) = [
+        r for row in group.rows for r in row.results.values() if r.cell.name == "mnist5k-resnet18-trades-beta-4-seed0"
+    ]
+    by_class = results.class_accuracies(result, "last", ["fgsm", "pgd20"])
+    assert by_class == {"class0": 20, "class1": 30, "class2": 30, "class3": 30}
+    assert results.figures(result, "last", ["fgsm", "pgd20"])["worst class"] == 20
+
+
+def test_a_winner_only_where_the_interval_excludes_zero(found: Results) -> None:
+    (group,) = found.groups
+    table = tables.comparison(group, "dtrades", "last")
+    assert table is not None
+    said = {(line[0], line[1]): line for line in table.rows}
+    clear = said["D-TRADES (lambda_mean 4) − TRADES (beta 4)", "RA worst"]
+    assert clear[2:4] == ["+12.5", "+12.5 to +12.5"]
+    assert clear[-1].startswith("D-TRADES (lambda_mean 4) is 12.5 points above TRADES (beta 4)")
+    assert re.fullmatch(r"\+\d+\.\d to \+\d+\.\d", clear[4])
+    assert clear[4] != clear[3]  # other test points would give others
+    unclear = said["D-TRADES (lambda_mean 1) − PGD-AT", "RA worst"]
+    assert unclear[3] == "-12.4 to +12.4"
+    assert unclear[-1].startswith("not resolved: D-TRADES (lambda_mean 1) minus PGD-AT +0.0 points")
+    same = said["D-TRADES (lambda_mean 4) − TRADES (beta 4)", "NA"]
+    assert same[2:5] == ["+0.0", "+0.0 to +0.0", "+0.0 to +0.0"]
+    assert "not resolved" in same[-1]
+    assert ("D-TRADES (lambda_mean 4) − D-TRADES (entropy only)", "NA") in said  # the ablation
+
+
+def test_settings_of_a_method_make_a_front(found: Results) -> None:
+    (group,) = found.groups
+    fronts = tables.fronts(group, "last")
+    assert {method: [row.setting for row in rows] for method, rows in fronts.items()} == {
+        "at": [""],
+        "trades": ["beta 1", "beta 4"],
+        "dtrades": ["lambda_mean 1", "lambda_mean 4"],  # not what has a label
+        "faal": [""],
+    }
+    table = tables.trade_offs(group, "last")
+    assert table is not None
+    # areas of the corners (35, 7), (32, 11) of 40, and so on: one point fewer stands than under pgd20 alone
+    area = [100 * ((32 + s) * (11 + s) + (3) * (7 + s)) / POINTS**2 for s in range(3)]
+    assert (
+        cell_of(table, "TRADES (beta 1)", "area under the method's front")
+        == f"{np.mean(area):.1f} ± {np.std(area, ddof=1):.1f}"
+    )
+    assert cell_of(table, "PGD-AT", "area under the method's front") == "–"
+    (line,) = tables.at_equal_accuracy(group, "dtrades", "last")
+    assert line.startswith("resnet18 on mnist5k, last epoch, robust accuracy at equal clean accuracy: D-TRADES is ")
+
+
+def test_time_before_counts(found: Results) -> None:
+    table = tables.times(found.groups[0])
+    assert cell_of(table, "FAAL", "training") == "2.0 ± 0.0"
+    assert cell_of(table, "FAAL", "with the network that it started from") == "4.0 ± 0.0"
+
+
+def test_masking_is_reported_with_its_reasons(found: Results) -> None:
+    table = tables.masked_gradients(found.groups[0])
+    assert cell_of(table, "FAAL", "runs with an alarm") == "3 of 3"
+    assert cell_of(table, "FAAL", "% of steps") == "50.0"
+    assert cell_of(table, "FAAL", "healthy evaluations") == "4 of 6"
+    assert cell_of(table, "FAAL", "others") == "masked (seed 2, last): too good; masked (seed 2, best): too good"
+    assert cell_of(table, "PGD-AT", "others") == "–"
+
+
+def test_options_that_differ_are_told_from_those_in_common(found: Results) -> None:
+    differ, common = tables.configuration(found)
+    assert {"method", "seed", "beta", "lambda_mean", "init_weights"} <= set(differ.header)
+    assert ["epochs", "2"] in common.rows
+    assert not {row[0] for row in common.rows} & set(differ.header)
+
+
+# ---- half a study ----------------------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_study_says_so(study: Study, runs: Path, tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    for cell in study.cells[:5]:
+        shutil.copytree(runs / cell.name, part / cell.name)
+    broken = study.cells[5]
+    shutil.copytree(runs / broken.name, part / broken.name)
+    content = json.loads((part / broken.name / "cell.json").read_text())
+    (part / broken.name / "cell.json").write_text(json.dumps({**content, "status": "failed", "error": "no memory"}))
+    out = tmp_path / "out"
+    assert cli.main(["report", str(study.path), "--runs-dir", str(part), "--output", str(out)]) == 0
+    text = (out / "results.md").read_text()
+    assert f"Not finished: 5 of {len(study.cells)} cells are" in text
+    assert f"1 failed, {len(study.cells) - 6} are missing" in text
+    assert f"{broken.name}: no memory" in text
+    assert not (part / "report").exists()
+
+
+def test_nothing_to_report(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(study.path), "--runs-dir", str(tmp_path)]) == 1
+    assert "no cell of" in capsys.readouterr().err
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Checks that every tag is closed in order, and collects what matters."""
+
+    VOID = ("meta", "link", "img", "br")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.stack: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        self.close()
+        assert self.stack == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def test_the_page_needs_nothing_else(report: Path) -> None:
+    text = (report / "index.html").read_text()
+    page = Page(text)
+    assert "Made up, with 50 % &amp; more &lt;of everything&gt;." in text
+    for image in page.all("img"):
+        assert str(image["src"]).startswith("data:image/png;base64,")
+        assert len(str(image["alt"])) > 20
+    assert len(page.all("img")) == 5  # trade-off, training, lambda, classes, radii
+    assert not page.all("script")
+    assert all(str(link["href"]).startswith("data:") for link in page.all("link"))
+    assert "url(" not in text
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
+    ids = [str(attrs["id"]) for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {str(a["href"]).removeprefix("#") for a in page.all("a")} <= set(ids)
+    assert page.all("html")[0]["lang"] == "en"
+    assert all(th.get("scope") in ("row", "col") for th in page.all("th"))
+    assert len(page.all("figcaption")) == len(page.all("figure")) == len(page.all("table")) + len(page.all("img"))
+
+
+def test_all_formats_hold_the_same_tables(report: Path) -> None:
+    text, page = (report / "results.md").read_text(), (report / "index.html").read_text()
+    files = sorted((report / "tables").glob("*.tex"))
+    assert len(files) == page.count("<table>") == len(re.findall(r"^\| ---", text, re.MULTILINE))
+    for link in re.findall(r"\]\((figures/.*?)\)", text):
+        assert (report / link).read_bytes().startswith(b"\x89PNG")
+    assert sorted(re.findall(r"figures/(.*?)\.png", text)) == sorted(p.stem for p in (report / "figures").iterdir())
+    for file in files:
+        source = file.read_text()
+        body = source[source.index(r"\toprule") : source.index(r"\bottomrule")]
+        columns = len(re.search(r"begin{tabular}{(.*?)}", source)[1])  # type: ignore[index]
+        for line in [line for line in body.splitlines() if line.endswith(r"\\")]:
+            assert len(re.findall(r"(?<!\\)&", line)) == columns - 1
+        assert source.count(r"\begin{") == source.count(r"\end{") == 2
+        assert not re.search(r"(?<!\\)[%#]|(?<!\\)_(?![a-z]*})", re.sub(r"\\label{.*?}", "", source)), file.name
+
+
+def test_words_are_escaped() -> None:
+    table = Table("t", "50 % & more_of {it} ~^\\", ["a_b", "x"], [["λ ± 3", "a|b"]])
+    source = latex(table)
+    assert r"50 \% \& more\_of \{it\} \textasciitilde{}\textasciicircum{}\textbackslash{}" in source
+    assert r"$\lambda$ $\pm$ 3" in source
+    assert r"| λ ± 3 | a\|b |" in markdown("T", [table])
+
+
+def test_numbers_can_be_read_again(report: Path, study: Study) -> None:
+    lines = list(csv.DictReader((report / "results.csv").open()))
+    assert {line["cell"] for line in lines} == {cell.name for cell in study.cells}
+    values = [float(x["value"]) for x in lines if (x["method"], x["checkpoint"], x["figure"]) == ("at", "last", "NA")]
+    assert values == [75.0, 75.0, 75.0]
+    (mean,) = [
+        line
+        for line in csv.DictReader((report / "summary.csv").open())
+        if (line["method"], line["checkpoint"], line["figure"]) == ("at", "last", "NA")
+    ]
+    assert (float(mean["mean"]), float(mean["deviation"]), mean["seeds"]) == (75, 0, "3")
+
+
+def test_a_report_is_the_same_each_time(report: Path, study: Study, runs: Path, tmp_path: Path) -> None:
+    cli.main(["report", str(study.path), "--runs-dir", str(runs), "--output", str(tmp_path)])
+    for path in (p for p in report.rglob("*") if p.is_file()):
+        assert path.read_bytes() == (tmp_path / path.relative_to(report)).read_bytes(), path.name
+
+
+def test_adversarial_images_of_trained_networks(tmp_path: Path) -> None:
+    """Of a real run; that of the others says why there are none."""
+    images = tiny_run.images(tmp_path / "images")
+    file = tmp_path / "real.yaml"
+    file.write_text(
+        f"defaults: {{dataset: 'folder:{images}', arch: smallcnn, width: 2, batch_size: 8, epochs: 1, steps: 2}}\n"
+        "runs: [{method: [trades, at]}]\n"
+        "evaluations: [{attacks: fgsm, checkpoint: [best, last]}]\n"
+    )
+    runs = tmp_path / "runs"
+    for cell in read(file).cells:
+        cells.run(cell, runs, Machine("cpu", 1))
+    (runs / read(file).cells[1].name / "model.safetensors").unlink()
+    assert cli.main(["report", str(file), "--runs-dir", str(runs)]) == 0
+    text = (runs / "report" / "results.md").read_text()
+    assert re.search(r"!\[Clean images, perturbations and adversarial images; \d of \d fool TRADES\]", text)
+    assert "no adversarial images of PGD-AT: " in text
+
+
+# ---- a browser -------------------------------------------------------------------------------------------------------
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync")
+FLAGS += ("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--v=0")
+MEASURE = "<script>document.title = document.documentElement.scrollWidth + ' of ' + window.innerWidth</script></body>"
+
+
+def browse(page: Path, profile: Path, *flags: str) -> tuple[str, str]:
+    """What the browser prints, and its log."""
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"needs a browser: {', '.join(BROWSERS)}")
+    command = [browser, *FLAGS, f"--user-data-dir={profile}", *flags, page.resolve().as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "LANG": "C"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("width", [500, 1280])
+def test_a_browser_shows_it_without_scrolling_sideways(report: Path, tmp_path: Path, width: int) -> None:
+    """500 pixels are the narrowest window that headless Chromium makes."""
+    page = tmp_path / "page.html"
+    page.write_text((report / "index.html").read_text().replace("</body>", MEASURE))
+    shown, log = browse(page, tmp_path / "profile", f"--window-size={width},900", "--dump-dom")
+    needed, there = map(int, re.search(r"<title>(\d+) of (\d+)</title>", shown).groups())  # type: ignore[union-attr]
+    assert there <= width
+    assert needed <= there
+    assert "CONSOLE" not in log
+
+
+def test_a_browser_prints_it(report: Path, tmp_path: Path) -> None:
+    target = tmp_path / "page.pdf"
+    browse(report / "index.html", tmp_path / "profile", f"--print-to-pdf={target}")
+    assert target.read_bytes().startswith(b"%PDF")
