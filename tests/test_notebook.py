@@ -57,7 +57,9 @@ def test_a_run_comes_out(run: tuple[nbformat.NotebookNode, Path]) -> None:
     assert (made / "export" / "first.pt").is_file()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     shown = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(shown) == len(list((made / "plots").glob("*.png"))) >= 4
+    drawn = {picture.stem for picture in (made / "plots").glob("*.png")}
+    assert drawn >= {"curves", "entropy-sensitivity", "gallery"}  # the rest depends on which epoch was best
+    assert len(shown) == len(drawn)
     printed = "".join(output.get("text", "") for output in outputs)
     assert "no problems found" in printed
     assert "autoattack" in printed
