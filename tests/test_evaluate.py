@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,34 @@ def test_main_writes_and_prints(folder: RunFolder, capsys: pytest.CaptureFixture
     assert folder.path.name in text
     assert "band1" in text
     assert json.loads((folder.path / "eval.json").read_text())["evaluations"][0]["attacks"]["fgsm"]
+
+
+def test_the_same_weights_are_evaluated_once(
+    folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(folder.path, run.path, ignore=shutil.ignore_patterns("eval*"))
+    shutil.copy(run.best_weights, run.weights)
+
+    def said(*words: str) -> bool:
+        assert evaluate.main([str(run.path), "--threads", "1", *words], "evaluate") == 0
+        return "the very same weights" in capsys.readouterr().out
+
+    def records() -> list[dict[str, Any]]:
+        return list(json.loads(run.evaluation.read_text())["evaluations"])
+
+    assert not said("--attacks", "fgsm,pgd2")
+    assert not said("--attacks", "fgsm,pgd2")  # of this checkpoint: measured again
+    assert said("--attacks", "pgd2", "--checkpoint", "last")
+    best, last = records()
+    assert (best["checkpoint"], last["checkpoint"]) == ("best", "last")
+    assert {**last, "checkpoint": "best", "source": best["source"]} == best
+    assert "last epoch" in last["source"]
+    for other in (("--attacks", "pgd3"), ("--seed", "1"), ("--limit", "4"), ("--epsilon", "1/255"), ("--overwrite",)):
+        assert not said("--attacks", "fgsm", *other, "--checkpoint", "last"), other
+    weights = checkpoint.load_weights(run.weights)
+    checkpoint.save_weights(run.weights, {name: tensor * 2 for name, tensor in weights.items()})
+    assert not said("--attacks", "fgsm", "--checkpoint", "last")
 
 
 def test_refusals(folder: RunFolder, tmp_path: Path) -> None:

@@ -109,6 +109,40 @@ def test_what_is_committed_without_weights_counts_as_done(study: Study, tmp_path
         look(more.cells[0], runs)
 
 
+def test_weights_that_others_start_from_are_trained_again(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And if they are the same, nothing else is done again."""
+    runs, file = tmp_path / "runs", study_file(tmp_path, images)
+    words = [str(file), "--runs-dir", str(runs), *WORDS]
+    study = read(file)
+    first, second = study.cells[0], next(cell for cell in study.cells if cell.start == study.cells[0].name)
+    assert cli.main(["study", *words, "--cells", first.name]) == 0
+    folder = RunFolder(runs / first.name)
+    metrics, evaluation = folder.read_metrics(), folder.evaluation.read_text()
+    folder.best_weights.unlink()
+    assert cli.main(["study", *words, "--cells", first.name]) == 0
+    assert not folder.best_weights.exists()  # nobody needs them
+    capsys.readouterr()
+    assert cli.main(["study", *words, "--cells", second.name]) == 0
+    assert f"{first.name} is trained again" in capsys.readouterr().err
+    assert [look(cell, runs).status for cell in (first, second)] == ["done", "done"]
+    assert folder.evaluation.read_text() == evaluation
+    assert [line["train"] for line in folder.read_metrics()] == [line["train"] for line in metrics]
+    # Weights of another kind of machine: what was evaluated does not count any more.
+    record = json.loads(evaluation)
+    for entry in record["evaluations"]:
+        entry["weights_sha256"] = "0" * 64
+    folder.evaluation.write_text(json.dumps(record))
+    (runs / second.name / "cell.json").unlink()
+    folder.best_weights.unlink()
+    assert cli.main(["study", *words, "--cells", second.name]) == 0
+    again = json.loads(folder.evaluation.read_text())["evaluations"]
+    assert [entry["weights_sha256"] for entry in again] == [
+        entry["weights_sha256"] for entry in json.loads(evaluation)["evaluations"]
+    ]
+
+
 def test_a_new_evaluation_is_made_up_for(study: Study, tmp_path: Path, images: Path) -> None:
     runs, cell = tmp_path / "runs", study.cells[0]
     cells.run(cell, runs, MACHINE)

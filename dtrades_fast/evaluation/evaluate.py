@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -135,7 +135,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         records, unfinished = [], []
         for name in options.runs:
             file, state = places(name, options)
-            record, progress = evaluate(load(name, options), options, console, state)
+            known = [] if options.overwrite else stored(file)
+            record, progress = evaluate(load(name, options), options, console, state, known)
             if rank == 0:
                 write(file, record)
             records.append(record)
@@ -192,7 +193,11 @@ def places(name: str, options: Options) -> tuple[Path, Path]:
 
 
 def evaluate(
-    target: Target, options: Options, console: Console | None = None, state: Path | None = None
+    target: Target,
+    options: Options,
+    console: Console | None = None,
+    state: Path | None = None,
+    known: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[dict[str, Any], Progress]:
     """One network under all attacks: the record that ``eval.json`` keeps, and what is to be forgotten once it does.
 
@@ -201,6 +206,7 @@ def evaluate(
         options: of the command.
         console: is told what is found.
         state: folder that keeps what is done until then; None to keep nothing.
+        known: records that there are. Where the best epoch is the last one, the second evaluation is the first one.
 
     Raises:
         ValueError: an option that is not possible, or the guard rails have found an error.
@@ -235,9 +241,28 @@ def evaluate(
         resume=options.resume,
         overwrite=options.overwrite,
     )
+    method = target.config.defense.method if target.config else None
+    about = {
+        "run": target.name,
+        "method": method,
+        "arch": target.arch,
+        "source": target.source,
+        "notes": list(target.notes),
+        "dataset": target.dataset,
+        "checkpoint": options.checkpoint if target.folder else "file",
+        "weights_sha256": target.sha256,
+        "split": options.split,
+        "version": dtrades_fast.__version__,
+        "commit": environment.git_commit(),
+    }
     console.print(f"{target.name}: {target.source}; {len(images):,} {options.split} images of {target.dataset}")
     for note in target.notes:
         console.print(f"  {note}")
+    if not (surrogates or twin) and (found := same_weights(about, settings, images, options, known)) is not None:
+        console.print(
+            f"  the {found['checkpoint']} epoch has the very same weights, and its evaluation all that is asked"
+        )
+        return {**found, "source": about["source"], "checkpoint": about["checkpoint"]}, progress
     extracted: dict[str, Any] = {}
 
     def everyone() -> dict[str, blackbox.Player]:
@@ -283,22 +308,33 @@ def evaluate(
         ignore=[name for name in options.ignore.split(",") if name],
         report=console.print,
     )
-    method = target.config.defense.method if target.config else None
-    about = {
-        "run": target.name,
-        "method": method,
-        "arch": target.arch,
-        "source": target.source,
-        "notes": list(target.notes),
-        "dataset": target.dataset,
-        "checkpoint": options.checkpoint if target.folder else "file",
-        "weights_sha256": target.sha256,
-        "split": options.split,
-        "extraction": extracted,
-        "version": dtrades_fast.__version__,
-        "commit": environment.git_commit(),
+    return {**about, "extraction": extracted, **record}, progress
+
+
+def same_weights(
+    about: Mapping[str, Any],
+    settings: Settings,
+    images: ImageSet,
+    options: Options,
+    known: Sequence[Mapping[str, Any]],
+) -> Mapping[str, Any] | None:
+    """The record of another checkpoint of the run with the same weights and all that is asked for, by the same code."""
+    asked = {
+        **{name: value for name, value in about.items() if name not in ("run", "source", "checkpoint")},
+        **{name: getattr(settings, name) for name in ("epsilon", "norm", "step_size", "seed", "precision")},
+        "engine": options.engine,
+        "ids": images.ids.tolist(),
+        "ignored": [name for name in options.ignore.split(",") if name],
     }
-    return {**about, **record}, progress
+    for record in known:
+        if (
+            record["checkpoint"] != about["checkpoint"]
+            and all(record[name] == value for name, value in asked.items())
+            and set(settings.attacks) <= set(record["attacks"])
+            and set(settings.minimum_norms) <= set(record["minimum_norm"])
+        ):
+            return record
+    return None
 
 
 def data_of(target: Target, options: Options, limit: int | None) -> data.DataSets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -15,12 +16,13 @@ from typing import Any, Literal
 
 from dtrades_fast import config
 from dtrades_fast.evaluation import evaluate
+from dtrades_fast.evaluation.record import stored
 from dtrades_fast.study.grid import Cell
 from dtrades_fast.training import trainer
 from dtrades_fast.training.checkpoint import write_text
 from dtrades_fast.training.run_folder import RunFolder
 
-__all__ = ["Machine", "State", "can_go_on", "look", "run"]
+__all__ = ["Machine", "State", "can_go_on", "look", "reopen", "run"]
 
 VERSION = 1  #: of cell.json
 BEAT_SECONDS = 10.0  #: between signs of life
@@ -80,7 +82,7 @@ def run(cell: Cell, runs_dir: Path, machine: Machine) -> None:
             if not record.trained or not folder.best_weights.is_file():
                 beat("training")
                 trainer.train(cell.config(runs_dir, "--resume", *machine.words))
-                record.note("begun", trained=True)
+                record.note_trained()
             while (options := _next_evaluation(cell, runs_dir, record.evaluated)) is not None:
                 beat(f"evaluation {len(record.evaluated) + 1} of {len(cell.evaluations)}")
                 began = time.monotonic()
@@ -106,17 +108,24 @@ class Record:
         self.seconds = float(kept.get("seconds", {}).get("evaluation", 0.0))  # of evaluations
         self.note("begun")
 
+    def note_trained(self) -> None:
+        """Write that training is done; evaluations of other weights, from before it was trained again, do not count."""
+        for record in stored(self.folder.evaluation):
+            weights = self.folder.weights_of(record["checkpoint"]).read_bytes()
+            if hashlib.sha256(weights).hexdigest() != record["weights_sha256"]:
+                self.evaluated = []
+        self.trained = True
+        self.note("begun")
+
     def note(
         self,
         status: Literal["begun", "failed", "done"],
         evaluated: Any = None,
         seconds: float = 0.0,
         *,
-        trained: bool = False,
         error: str | None = None,
     ) -> None:
         """Write how it is, with what was done just now."""
-        self.trained = self.trained or trained
         self.evaluated += [evaluated] if evaluated is not None else []
         self.seconds += seconds
         content = {
@@ -145,6 +154,28 @@ def can_go_on(cell: Cell, runs_dir: Path) -> bool:
     if not kept.get("trained"):
         return cell.start is None or _is_trained(cell.start, runs_dir)
     return _next_evaluation(cell, runs_dir, kept["evaluated"]) is not None
+
+
+def reopen(cells: Sequence[Cell], runs_dir: Path) -> list[str]:
+    """Have the trained cells among them trained again whose weights are gone and whose weights others wait for.
+
+    Their evaluations stay valid if the same weights come out, as they do on the same kind of machine.
+
+    Returns:
+        Their names.
+    """
+    by_name, again = {cell.name: cell for cell in cells}, []
+    for cell in cells:
+        if look(cell, runs_dir).status == "done" or can_go_on(cell, runs_dir):
+            continue
+        for name in cell.needs:
+            folder = RunFolder(runs_dir / name)
+            state = _kept(folder)
+            if name in by_name and name not in again and state.get("trained") and not folder.best_weights.is_file():
+                folder.last.unlink(missing_ok=True)  # from which training would find itself finished
+                write_text(folder.cell, json.dumps({**state, "status": "begun", "trained": False}, indent=1) + "\n")
+                again.append(name)
+    return again
 
 
 def _next_evaluation(cell: Cell, runs_dir: Path, evaluated: Sequence[Any]) -> Any:
