@@ -22,7 +22,7 @@ attack, are left out.
 
 from __future__ import annotations
 
-from harness import FREEING, RESULTS, cpu_model, memory_mib, some_of  # isort: skip  # first: see harness.py
+from harness import FREEING, RESULTS, memory_mib, some_of  # isort: skip  # first: see harness.py
 
 import argparse
 import csv
@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from dtrades_fast import rng
 from dtrades_fast.attacks import PGD, Attack
 from dtrades_fast.data import ImageSet
-from dtrades_fast.environment import git_commit
+from dtrades_fast.environment import cpu_model, git_commit
 from dtrades_fast.evaluation import suites
 from dtrades_fast.evaluation.engine import BALL_TOLERANCE, Engine
 from dtrades_fast.evaluation.evaluate import FILE_WIDTH, find_run, load_run

@@ -9,7 +9,7 @@ Both formats take turns; reported is the median.
 
 from __future__ import annotations
 
-from harness import Effort, cpu_model, measure, pinned  # isort: skip  # first: see harness.py
+from harness import Effort, measure, pinned  # isort: skip  # first: see harness.py
 
 import argparse
 import sys
@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from steps import at_least
+
+from dtrades_fast.environment import cpu_model
 
 #: Channels and pixels per side, as in ResNet-18 and VGG-16 at width 64, 32 and 16.
 SHAPES = ((64, 32), (128, 16), (256, 8), (512, 4), (512, 2), (256, 4), (256, 2), (128, 4), (128, 2), (64, 4), (16, 32))

@@ -20,7 +20,7 @@ the network was made, with an allocator that gives back at once what is freed; o
 
 from __future__ import annotations
 
-from harness import FREEING, RESULTS, cpu_model, device, memory_mib, pinned, some_of  # isort: skip  # first: see harness.py
+from harness import FREEING, RESULTS, device, memory_mib, pinned, some_of  # isort: skip  # first: see harness.py
 
 import argparse
 import csv
@@ -331,7 +331,7 @@ def write(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
         for row in rows:
             writer.writerow({name: f"{v:.4g}" if isinstance(v, float) else v for name, v in row.items()})
     about = {name: getattr(options, name) for name in ("attack_steps", "rounds", "threads")}
-    where = cpu_model() if options.device == "cpu" else torch.cuda.get_device_name()
+    where = environment.cpu_model() if options.device == "cpu" else torch.cuda.get_device_name()
     about |= {"processor": where, "torch": torch.__version__, "commit": environment.git_commit()}
     write_text(options.output / "step.json", json.dumps(about, indent=1) + "\n")
 

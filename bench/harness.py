@@ -228,16 +228,6 @@ def device(text: str) -> torch.device:
 # ---- results -----------------------------------------------------------------------------------------------------
 
 
-def cpu_model() -> str:
-    """The processor's name, as well as the system knows it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def _cpu_caches() -> dict[str, str]:
     """Size of each cache of the first CPU, where Linux tells it."""
     found = {}
@@ -252,7 +242,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What the figures are measured on, and what else it is doing now: with a load average above a few tenths the
     other processes take CPU time, and calls on all CPUs wait for the slowest thread."""
     return {
-        "cpu": cpu_model(),
+        "cpu": environment.cpu_model(),
         "cpus": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "caches": _cpu_caches(),

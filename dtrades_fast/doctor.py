@@ -153,7 +153,7 @@ def data_problem(name: str, root: str) -> str | None:
 
 
 def machine() -> Iterator[tuple[str, str]]:
-    yield "machine", f"{platform.platform()}, {platform.machine()}"
+    yield "machine", f"{platform.platform()}, {environment.cpu_model()}"
     yield "cores", f"{environment.physical_cores()} physical cores usable, torch uses {torch.get_num_threads()} threads"
     if (memory := memory_gib()) is not None:
         yield "memory", f"{memory:.1f} GiB"

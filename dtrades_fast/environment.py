@@ -11,7 +11,17 @@ from typing import Any, Literal
 
 import dtrades_fast
 
-__all__ = ["Precision", "backend", "describe", "device", "git_commit", "physical_cores", "precision", "versions"]
+__all__ = [
+    "Precision",
+    "backend",
+    "cpu_model",
+    "describe",
+    "device",
+    "git_commit",
+    "physical_cores",
+    "precision",
+    "versions",
+]
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 ROOT = Path(dtrades_fast.__file__).parent.parent
@@ -69,6 +79,23 @@ def _cpu_quota() -> int | None:
     return None if quota == "max" else int(quota) // int(period)
 
 
+def cpu_model() -> str:
+    """The processor's name, as well as the system knows it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _processor() -> str:
+    """The processor and the instructions that torch uses on it, which decide the last bits of results."""
+    import torch
+
+    return f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def git_commit() -> str | None:
     """Commit of the checkout that the package is run from, with ``-dirty`` for local changes; None elsewhere."""
     if not (ROOT / ".git").exists():
@@ -113,7 +140,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "versions": versions(),
         "commit": git_commit(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
         "backend": backend(device),
         "threads": threads,
     }
