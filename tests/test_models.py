@@ -14,6 +14,7 @@ import torchvision
 from torch import nn
 
 from dtrades_fast import models
+from dtrades_fast.models.pooling import MaxPool2d, max_pool2d
 from dtrades_fast.models.weights import freeze_backbone, load_init_weights
 
 NO_NORMALIZATION = {1: ((0.0,), (1.0,)), 3: ((0.0,) * 3, (1.0,) * 3)}
@@ -324,3 +325,32 @@ def test_without_freezing_batchnorm_does_move():
     before = model.network.bn1.running_mean.clone()
     model(torch.rand(4, 3, 32, 32))
     assert not torch.equal(model.network.bn1.running_mean, before)
+
+
+# ---- pooling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("pixels", "ceil_mode"), [(8, False), (7, False), (7, True), (1, True)])
+def test_compiled_pooling_is_pytorchs(memory_format: torch.memory_format, pixels: int, ceil_mode: bool) -> None:
+    """Values and gradient, ties included; the compiler sees one opaque operator."""
+    torch._dynamo.reset()
+    pool = MaxPool2d(2, ceil_mode=ceil_mode)
+    images = torch.randn(3, 4, pixels, pixels, dtype=torch.float64).relu().contiguous(memory_format=memory_format)
+    images.requires_grad_()
+    torch.library.opcheck(max_pool2d, (images, 2, ceil_mode))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def note(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    expected = torch.nn.functional.max_pool2d(images, 2, ceil_mode=ceil_mode)
+    for backend in (note, "inductor"):
+        got = torch.compile(pool, fullgraph=True, backend=backend)(images)
+        assert torch.equal(got, expected)
+        (gradient,) = torch.autograd.grad(got.square().sum(), images)
+        (wanted,) = torch.autograd.grad(expected.square().sum(), images, retain_graph=True)
+        assert torch.equal(gradient, wanted)
+    assert any(node.target is torch.ops.dtrades_fast.max_pool2d.default for node in graphs[0].graph.nodes)
+    assert torch.equal(pool(images), expected)

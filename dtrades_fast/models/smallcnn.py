@@ -6,6 +6,8 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
+from dtrades_fast.models.pooling import MaxPool2d
+
 __all__ = ["SmallCNN"]
 
 
@@ -30,12 +32,12 @@ class SmallCNN(nn.Module):
                 relu1=nn.ReLU(inplace=True),
                 conv2=nn.Conv2d(width, width, 3),
                 relu2=nn.ReLU(inplace=True),
-                maxpool1=nn.MaxPool2d(2),
+                maxpool1=MaxPool2d(2),
                 conv3=nn.Conv2d(width, 2 * width, 3),
                 relu3=nn.ReLU(inplace=True),
                 conv4=nn.Conv2d(2 * width, 2 * width, 3),
                 relu4=nn.ReLU(inplace=True),
-                maxpool2=nn.MaxPool2d(2),
+                maxpool2=MaxPool2d(2),
             )
         )
         size = ((image_size - 4) // 2 - 4) // 2  # each valid 3x3 convolution takes 2 pixels

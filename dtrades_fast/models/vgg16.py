@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
+from dtrades_fast.models.pooling import MaxPool2d
 from dtrades_fast.models.resnet18 import he_initialise
 
 __all__ = ["VGG16"]
@@ -32,10 +33,10 @@ class VGG16(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(8 * width, num_classes)
         he_initialise(self)
-        for layer in self.features:
+        for i, layer in enumerate(self.features):
             if isinstance(layer, nn.MaxPool2d):
                 # Five halvings of 28 pixels round down to 0 but up to 1; 32 pixels are the same either way.
-                layer.ceil_mode = True
+                self.features[i] = MaxPool2d(2, ceil_mode=True)
             elif isinstance(layer, nn.Conv2d):
                 assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
