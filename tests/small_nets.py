@@ -36,7 +36,8 @@ def network(kind: Literal["standard", "robust", "masked"]) -> nn.Module:
         "masked": PGD(EPSILON, 1, EPSILON, start="clean"),
     }[kind]
     state = torch.get_rng_state()
-    torch.manual_seed(0)
+    # With seeds 0 to 5, single steps mislead on 63 to 91 % of the points, most with 4.
+    torch.manual_seed(4 if kind == "masked" else 0)
     model = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.BatchNorm2d(16),
@@ -50,7 +51,7 @@ def network(kind: Literal["standard", "robust", "masked"]) -> nn.Module:
         nn.Linear(32 * 16, 64),
         nn.ReLU(),
         nn.Linear(64, 10),
-    )
+    ).double()  # so that rounding, which differs between processors, decides nothing
     train, _ = digits()
     epochs = 20
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -58,7 +59,7 @@ def network(kind: Literal["standard", "robust", "masked"]) -> nn.Module:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
     for step in range(steps):
         rows = torch.randint(len(train), (50,))
-        x, y = train.images(rows), train.labels[rows]
+        x, y = train.images(rows).double(), train.labels[rows]
         if attack is not None:
             x = attack(model, x, y, index=train.ids[rows], key=step)
         model.train()
@@ -68,7 +69,7 @@ def network(kind: Literal["standard", "robust", "masked"]) -> nn.Module:
         optimizer.step()
         schedule.step()
     torch.set_rng_state(state)
-    return model.eval().requires_grad_(False)
+    return model.float().eval().requires_grad_(False)
 
 
 def batch(count: int) -> tuple[Tensor, Tensor, Tensor]:
