@@ -14,6 +14,7 @@ import torchvision
 from torch import nn
 
 from dtrades_fast import models
+from dtrades_fast.models.folding import fold
 from dtrades_fast.models.pooling import MaxPool2d, max_pool2d
 from dtrades_fast.models.weights import freeze_backbone, load_init_weights
 
@@ -354,3 +355,11 @@ def test_compiled_pooling_is_pytorchs(memory_format: torch.memory_format, pixels
         assert torch.equal(gradient, wanted)
     assert any(node.target is torch.ops.dtrades_fast.max_pool2d.default for node in graphs[0].graph.nodes)
     assert torch.equal(pool(images), expected)
+
+
+@pytest.mark.parametrize(("arch", "count"), [("vgg16", 5), ("smallcnn", 2)])
+def test_folding_keeps_the_pooling(arch: str, count: int) -> None:
+    folded = fold(make(arch).eval(), torch.rand(2, 3, 32, 32))
+    assert folded is not None
+    assert sum(isinstance(layer, MaxPool2d) for layer in folded.modules()) == count
+    assert not any("max_pool2d" in str(node.target) for node in folded.network.graph.nodes)

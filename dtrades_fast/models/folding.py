@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from dtrades_fast.models.layout import contiguous_input
+from dtrades_fast.models.pooling import MaxPool2d
 
 __all__ = ["FoldedNetwork", "faithful", "fold"]
 
@@ -92,7 +93,7 @@ def traced(model: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
     """The model's graph, and the tensors in it that are no attributes of the model; which is left as it was."""
     before = [(module, dict(vars(module))) for module in model.modules()]
     try:
-        graph = fx.Tracer().trace(model)
+        graph = _Tracer().trace(model)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         raise RuntimeError(f"{type(model).__name__} cannot be traced: {error}") from error
     finally:
@@ -101,6 +102,13 @@ def traced(model: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
             vars(module).clear()
             vars(module).update(attributes)
     return graph, constants
+
+
+class _Tracer(fx.Tracer):
+    """Keeps our own layers whole, as it does PyTorch's."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, MaxPool2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def foldable_pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
