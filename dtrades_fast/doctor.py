@@ -155,15 +155,8 @@ def data_problem(name: str, root: str) -> str | None:
 def machine() -> Iterator[tuple[str, str]]:
     yield "machine", f"{platform.platform()}, {environment.cpu_model()}"
     yield "cores", f"{environment.physical_cores()} physical cores usable, torch uses {torch.get_num_threads()} threads"
-    if (memory := memory_gib()) is not None:
+    if (memory := environment.memory_gib()) is not None:
         yield "memory", f"{memory:.1f} GiB"
-
-
-def memory_gib() -> float | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (AttributeError, ValueError, OSError):  # Windows
-        return None
 
 
 def problems(options: Options) -> Iterator[str]:

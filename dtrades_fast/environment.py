@@ -18,6 +18,7 @@ __all__ = [
     "describe",
     "device",
     "git_commit",
+    "memory_gib",
     "physical_cores",
     "precision",
     "versions",
@@ -94,6 +95,18 @@ def _processor() -> str:
     import torch
 
     return f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def memory_gib() -> float | None:
+    """Main memory that this process may use, None where the system does not tell."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (granted := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(granted))
+    return memory / 2**30
 
 
 def git_commit() -> str | None:

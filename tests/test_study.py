@@ -17,7 +17,7 @@ import tiny_run
 import torch
 from tiny_run import assert_same, result
 
-from dtrades_fast import cli
+from dtrades_fast import cli, environment
 from dtrades_fast.study import cell as cells
 from dtrades_fast.study import study as command
 from dtrades_fast.study.cell import Machine, look
@@ -355,6 +355,21 @@ def test_local_jobs_have_cpus_and_gpus_of_their_own(tmp_path: Path, monkeypatch:
     assert Local(gpus=2).jobs == 2
     with pytest.raises(ValueError, match=rf"--jobs 2 of --threads {len(cpus)} need {2 * len(cpus)} CPUs"):
         Local(jobs=2, threads=len(cpus))
+
+
+@pytest.mark.parametrize(
+    ("cores", "memory", "threads", "jobs"),
+    [(8, 100.0, None, 8), (8, 9.0, None, 2), (8, None, 2, 4), (2, 1.0, None, 1), (2, 100.0, 2, 1)],
+)
+def test_a_machine_without_gpu_is_filled(
+    monkeypatch: pytest.MonkeyPatch, cores: int, memory: float | None, threads: int | None, jobs: int
+) -> None:
+    monkeypatch.setattr(environment, "physical_cores", lambda: cores)
+    monkeypatch.setattr(environment, "memory_gib", lambda: memory)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    executor = Local(threads=threads)
+    assert (executor.jobs, executor.threads) == (jobs, threads or cores // jobs)
+    assert Local(jobs=1).threads == cores
 
 
 def test_a_local_job_can_be_stopped(tmp_path: Path) -> None:

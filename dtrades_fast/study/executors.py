@@ -14,9 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dtrades_fast import environment
+
 __all__ = ["Executor", "Job", "Local", "Ray", "Slurm"]
 
 POLL_SECONDS = 0.2
+CELL_GIB = 4.0  #: main memory for a cell on a CPU: a full-size ResNet-18 with batches of 128 takes about 3
 Command = Sequence[str]
 
 
@@ -99,15 +102,17 @@ class Local(Executor):
     """Processes on this machine: one per GPU, or ``jobs`` with their own CPUs.
 
     Args:
-        jobs: at once; by default one per GPU, and one on a machine without.
-        threads: CPUs of each, to which it is bound; None for an equal share of those that there are.
+        jobs: at once; by default one per GPU; on a machine without, as many as have a core and
+            :data:`CELL_GIB` of memory each, since a thread per cell gives more cells an hour than threads that wait
+            for each other.
+        threads: CPUs of each, to which it is bound; None for an equal share of the cores.
         gpus: how many there are; process ``i`` sees GPU ``i`` modulo them.
     """
 
     def __init__(self, jobs: int | None = None, threads: int | None = None, gpus: int = 0):
-        self.jobs, self.gpus = jobs or max(1, gpus), gpus
+        self.jobs, self.gpus = jobs or gpus or _fitting(threads or 1), gpus
         cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        self.threads = threads or max(1, (len(cpus) or os.cpu_count() or 1) // self.jobs)
+        self.threads = threads or max(1, environment.physical_cores() // self.jobs)
         if cpus and self.jobs * self.threads > len(cpus):
             raise ValueError(
                 f"--jobs {self.jobs} of --threads {self.threads} need {self.jobs * self.threads} CPUs, "
@@ -128,6 +133,14 @@ class Local(Executor):
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = seen.split(",") if seen else [str(i) for i in range(self.gpus)]
         return names[slot % len(names)]
+
+
+def _fitting(threads: int) -> int:
+    """How many cells the CPUs and the memory of this machine have room for."""
+    rooms = [environment.physical_cores() // threads]
+    if (memory := environment.memory_gib()) is not None:
+        rooms.append(int(memory / CELL_GIB))
+    return max(1, min(rooms))
 
 
 # ---- clusters --------------------------------------------------------------------------------------------------------

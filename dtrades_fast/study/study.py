@@ -64,7 +64,10 @@ class Options(Where):
     """Only the cells of these names or patterns (``'cifar10-*'``), and, unless inline, those that they need."""
     executor: Literal["local", "slurm", "ray", "inline"] = "local"
     """Where cells run: processes of this machine, Slurm, a Ray cluster, or one after the other in this process."""
-    jobs: Annotated[int | None, option("INT", "Cells at a time.", "one per GPU, else 1; clusters: no limit")] = None
+    jobs: Annotated[
+        int | None,
+        option("INT", "Cells at a time.", "one per GPU, else one per core with 4 GiB of memory; clusters: no limit"),
+    ] = None
     threads: Annotated[int | None, option("INT", "CPU threads of each.", "the machine's CPUs / --jobs")] = None
     device: str = "auto"
     """Device: auto (cuda if there is one), cpu or cuda."""
