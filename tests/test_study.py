@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -273,11 +273,48 @@ def test_a_failed_cell_stops_nothing_but_what_needs_it(
     assert (runs / bad / "diary.txt").read_text() == "mine"
 
 
+class Ended(Job):
+    def __init__(self, status: int):
+        self.status = status
+
+    def poll(self) -> int:
+        return self.status
+
+    def stop(self) -> None:
+        pass
+
+
+class AtOnce(Executor):
+    """Two jobs at a time, of which each has ended when the next is started, and is looked at only later."""
+
+    jobs = 2
+
+    def start(self, name: str, command: Sequence[str], log: Path) -> Job:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            return Ended(subprocess.call(command, stdout=output, stderr=output))
+
+
+class Idle(Executor):
+    """Says that all went well, and does nothing."""
+
+    jobs = 2
+
+    def start(self, name: str, command: Sequence[str], log: Path) -> Job:
+        return Ended(0)
+
+
+@pytest.mark.parametrize("executor", [Local(jobs=1), AtOnce()])
 def test_evaluations_wait_for_their_surrogates(
-    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    executor: Executor,
+    tmp_path: Path,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Two networks that attack each other: both are trained first."""
+    """Two networks that attack each other: both are trained first, in whatever order the processes end."""
     monkeypatch.setattr(command, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(command, "make_executor", lambda options: executor)
     text = FILE[: FILE.index("  - {{method: faal")] + (
         "evaluations:\n"
         "  - {{attacks: fgsm, limit: 9, surrogates: [{{seed: 1}}], only: {{seed: 0}}}}\n"
@@ -288,6 +325,19 @@ def test_evaluations_wait_for_their_surrogates(
     for cell in read(file).cells:
         (evaluation,) = json.loads(RunFolder(runs / cell.name).evaluation.read_text())["evaluations"]
         assert cell.needs[0] in evaluation["transfer"]["pgd20"]["sources"]
+
+
+def test_a_job_that_did_nothing_has_failed(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else it would be started for ever."""
+    monkeypatch.setattr(command, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(command, "make_executor", lambda options: Idle())
+    file = study_file(tmp_path, images)
+    assert cli.main(["study", str(file), "--runs-dir", str(tmp_path / "runs"), *WORDS]) == 1
+    said = capsys.readouterr().out
+    assert said.count("its process ended with status 0") == 2
+    assert "4 of 4 cells failed" in said
 
 
 def test_kill_and_go_on_loses_nothing(tmp_path: Path, images: Path) -> None:

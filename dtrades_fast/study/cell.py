@@ -22,7 +22,7 @@ from dtrades_fast.training import trainer
 from dtrades_fast.training.checkpoint import write_text
 from dtrades_fast.training.run_folder import RunFolder
 
-__all__ = ["Machine", "State", "can_go_on", "look", "reopen", "run"]
+__all__ = ["Machine", "State", "can_go_on", "is_trained", "look", "reopen", "run"]
 
 VERSION = 1  #: of cell.json
 BEAT_SECONDS = 10.0  #: between signs of life
@@ -152,7 +152,7 @@ def can_go_on(cell: Cell, runs_dir: Path) -> bool:
     """Whether there is something to do for it that waits for no other cell."""
     kept = _kept(RunFolder(runs_dir / cell.name))
     if not kept.get("trained"):
-        return cell.start is None or _is_trained(cell.start, runs_dir)
+        return cell.start is None or is_trained(cell.start, runs_dir)
     return _next_evaluation(cell, runs_dir, kept["evaluated"]) is not None
 
 
@@ -181,12 +181,13 @@ def reopen(cells: Sequence[Cell], runs_dir: Path) -> list[str]:
 def _next_evaluation(cell: Cell, runs_dir: Path, evaluated: Sequence[Any]) -> Any:
     """The first one that is missing and has its surrogates, or None."""
     for options in _missing(cell, evaluated):
-        if all(_is_trained(name, runs_dir) for name in options.get("surrogates", ())):
+        if all(is_trained(name, runs_dir) for name in options.get("surrogates", ())):
             return options
     return None
 
 
-def _is_trained(name: str, runs_dir: Path) -> bool:
+def is_trained(name: str, runs_dir: Path) -> bool:
+    """Whether the cell of that name is trained and its weights are there."""
     folder = RunFolder(runs_dir / name)
     return bool(_kept(folder).get("trained")) and folder.best_weights.is_file()
 

@@ -219,6 +219,7 @@ class Drive:
 
     Attributes:
         jobs: by the name of their cell.
+        trained: of the cells that each job's cell needs, those that were trained when the job was started.
         failed: why cells failed, by name.
     """
 
@@ -227,6 +228,7 @@ class Drive:
     options: Options
     executor: Executor
     jobs: dict[str, Job] = field(default_factory=dict)
+    trained: dict[str, set[str]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     states: dict[str, State] = field(default_factory=dict)
 
@@ -242,6 +244,7 @@ class Drive:
             if self._is_ready(cell) and len(self.jobs) < self.executor.jobs:
                 threads = self.executor.threads if isinstance(self.executor, Local) else None
                 words = command(self.options, cell, threads)
+                self.trained[cell.name] = self._trained_needs(cell)
                 self.jobs[cell.name] = self.executor.start(cell.name, words, self._log(cell))
         return bool(self.jobs or open_cells)
 
@@ -276,11 +279,18 @@ class Drive:
         return cells.can_go_on(cell, self.options.runs)
 
     def _ended(self, cell: Cell, status: int) -> None:
+        """Note that it failed; with status 0, it may have found that it must wait for others' networks."""
         state = cells.look(cell, self.options.runs)
-        if state.status == "done" or (status == 0 and not cells.can_go_on(cell, self.options.runs)):
-            return  # or it waits for the surrogates of an evaluation
+        if state.status == "done":
+            return
+        news = self._trained_needs(cell) - self.trained[cell.name]  # trained while it ran, perhaps after it had looked
+        if status == 0 and (news or not cells.can_go_on(cell, self.options.runs)):
+            return
         why = state.stage if state.status == "failed" else f"its process ended with status {status}"
         self.failed[cell.name] = f"{why}; {self._log(cell)} has all it said" + tail(self._log(cell), state)
+
+    def _trained_needs(self, cell: Cell) -> set[str]:
+        return {name for name in cell.needs if cells.is_trained(name, self.options.runs)}
 
     def _log(self, cell: Cell) -> Path:
         return RunFolder(self.options.runs / cell.name).log
