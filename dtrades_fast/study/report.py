@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
@@ -118,29 +118,23 @@ def blocks(results: Results, options: Options) -> Iterator[Block]:
     yield Text.of(results.study.description)
     yield from progress(results)
     compare, at = results.study.compare, options.compare_at
+    chapters: dict[str, Callable[[Group], Iterable[Block]]] = {
+        "Accuracy and robustness": accuracy,
+        "Comparisons": lambda group: comparison(group, compare, at),
+        "Trade-off": lambda group: trade_off(group, compare, at),
+        "Training": training,
+        "Classes, radii, images": lambda group: closer(group, at, options),
+        "Gradient masking": lambda group: [tables.masked_gradients(group)],
+    }
     for protocol in dict.fromkeys(group.protocol for group in results.groups):
         groups = [group for group in results.groups if group.protocol == protocol]
         title = PROTOCOLS.get(protocol, protocol)
         several = len({group.protocol for group in results.groups}) > 1
         prefix = f"{title}: " if several else ""
-        yield Heading(f"{prefix}Accuracy and robustness")
-        for group in groups:
-            yield from accuracy(group)
-        yield Heading(f"{prefix}Comparisons")
-        for group in groups:
-            yield from comparison(group, compare, at)
-        yield Heading(f"{prefix}Trade-off")
-        for group in groups:
-            yield from trade_off(group, compare, at)
-        yield Heading(f"{prefix}Training")
-        for group in groups:
-            yield from training(group)
-        yield Heading(f"{prefix}Classes, radii, images")
-        for group in groups:
-            yield from closer(group, at, options)
-        yield Heading(f"{prefix}Gradient masking")
-        for group in groups:
-            yield tables.masked_gradients(group)
+        for heading, part in chapters.items():
+            yield Heading(prefix + heading)
+            for group in groups:
+                yield from part(group)
     yield Heading("Time")
     yield Text.of(f"All finished cells together took {tables.total_time(results)}.")
     for group in results.groups:

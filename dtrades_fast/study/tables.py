@@ -378,6 +378,13 @@ def by_class(group: Group, checkpoint: Checkpoint) -> dict[str, dict[str, float]
 
 # ---- files of numbers ------------------------------------------------------------------------------------------------
 
+PLACE = ("protocol", "dataset", "arch", "part", "method", "setting")
+
+
+def place(group: Group, row: Row) -> list[str]:
+    """Values of :data:`PLACE`."""
+    return [group.protocol, group.dataset, group.arch, row.part, row.method, row.setting]
+
 
 def per_run(results: Results) -> tuple[list[str], list[list[Any]]]:
     """A line per cell, checkpoint and figure."""
@@ -385,22 +392,8 @@ def per_run(results: Results) -> tuple[list[str], list[list[Any]]]:
     for group, row, result in each_run(results):
         for checkpoint in CHECKPOINTS:
             for name, value in figures(result, checkpoint, group.attacks(checkpoint)).items():
-                place = [result.cell.name, group.protocol, group.dataset, group.arch, row.part, row.method, row.setting]
-                lines.append([*place, result.cell.seed, checkpoint, name, f"{value:.6g}"])
-    header = [
-        "cell",
-        "protocol",
-        "dataset",
-        "arch",
-        "part",
-        "method",
-        "setting",
-        "seed",
-        "checkpoint",
-        "figure",
-        "value",
-    ]
-    return header, lines
+                lines.append([result.cell.name, *place(group, row), result.cell.seed, checkpoint, name, f"{value:.6g}"])
+    return ["cell", *PLACE, "seed", "checkpoint", "figure", "value"], lines
 
 
 def aggregated(results: Results) -> tuple[list[str], list[list[Any]]]:
@@ -412,22 +405,8 @@ def aggregated(results: Results) -> tuple[list[str], list[list[Any]]]:
                 found = list(of_seeds(row, checkpoint, group.attacks(checkpoint)).values())
                 for name in dict.fromkeys(name for seed in found for name in seed):
                     s = statistics.summary([seed[name] for seed in found if name in seed])
-                    place = [group.protocol, group.dataset, group.arch, row.part, row.method, row.setting, checkpoint]
-                    lines.append([*place, name, f"{s.mean:.6g}", f"{s.deviation:.6g}", s.count])
-    header = [
-        "protocol",
-        "dataset",
-        "arch",
-        "part",
-        "method",
-        "setting",
-        "checkpoint",
-        "figure",
-        "mean",
-        "deviation",
-        "seeds",
-    ]
-    return header, lines
+                    lines.append([*place(group, row), checkpoint, name, f"{s.mean:.6g}", f"{s.deviation:.6g}", s.count])
+    return [*PLACE, "checkpoint", "figure", "mean", "deviation", "seeds"], lines
 
 
 def each_run(results: Results) -> Iterator[tuple[Group, Row, Result]]:
