@@ -110,11 +110,12 @@ def test_interrupted_within_epochs(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
     whole, _ = tiny_run.run(data, tmp_path, *options, "--run", "whole")
-    interrupt_at(monkeypatch, {0, 4, 5})  # the first step, within the second epoch, its end
-    for step in (1, 5, 6):
-        with pytest.raises(Interrupted, match=f"after step {step} of 9"):
+    interrupt_at(monkeypatch, {0, 4, 5, 8})  # the first step, within the second epoch, its end, the last step
+    for when in ("step 1 of 9", "step 5 of 9", "step 6 of 9", "the last step: training is finished"):
+        with pytest.raises(Interrupted, match=f"after {when}"):
             tiny_run.run(data, tmp_path, *options, "--run", "parts", "--resume")
-    parts, _ = tiny_run.run(data, tmp_path, *options, "--run", "parts", "--resume")
+    parts, said = tiny_run.run(data, tmp_path, *options, "--run", "parts", "--resume")
+    assert "is finished, there is nothing to resume" in said
     assert_same(result(whole), result(parts))
 
 

@@ -24,6 +24,7 @@ from dtrades_fast.study.cell import Machine, look
 from dtrades_fast.study.executors import Executor, Job, Local, Ray, Slurm
 from dtrades_fast.study.grid import Study, read
 from dtrades_fast.training.run_folder import RunFolder
+from dtrades_fast.training.trainer import Interrupted, Trainer
 
 MACHINE = Machine("cpu", 1)
 WORDS = ("--device", "cpu", "--threads", "1")
@@ -92,6 +93,27 @@ def test_a_cell_is_trained_and_evaluated(study: Study, tmp_path: Path) -> None:
     evaluations = json.loads(RunFolder(runs / cell.name).evaluation.read_text())["evaluations"]
     assert [e["checkpoint"] for e in evaluations] == ["best", "last"]
     assert not RunFolder(runs / cell.name).beat.exists()
+
+
+def test_a_cell_stops_between_training_and_evaluation(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal that comes with the last step is not lost."""
+    train_step = Trainer.train_step
+
+    def signalled(trainer: Trainer, network: torch.nn.Module) -> None:
+        if trainer.step + 1 == trainer.total_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        train_step(trainer, network)
+
+    cell = study.cells[0]
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="training is finished"):
+        patch.setattr(Trainer, "train_step", signalled)
+        cells.run(cell, tmp_path, MACHINE)
+    assert look(cell, tmp_path).status == "waiting"
+    assert not RunFolder(tmp_path / cell.name).evaluation.exists()
+    cells.run(cell, tmp_path, MACHINE)
+    assert look(cell, tmp_path).status == "done"
 
 
 def test_what_is_committed_without_weights_counts_as_done(study: Study, tmp_path: Path, images: Path) -> None:

@@ -220,7 +220,7 @@ class Trainer:
                     self.check_state()
                     self.save(self.folder.last)
                     saved_at = time.monotonic()
-                if stopping and self.step < self.total_steps:
+                if stopping:
                     signum = stop[0] if stop else signal.SIGTERM  # another process was asked
                     raise Interrupted(signum, self.interruption(signum))
 
@@ -560,7 +560,10 @@ class Trainer:
             )
 
     def interruption(self, signum: int) -> str:
+        """What to say when a signal ends training."""
         name = signal.Signals(signum).name
+        if self.step == self.total_steps:
+            return f"stopped by {name} after the last step: training is finished, its weights are in {self.folder.path}"
         return (
             f"stopped by {name} after step {self.step} of {self.total_steps}, saved in {self.folder.last}; "
             f"go on with: dtrades-fast train --resume --run {self.config.run_name} --runs-dir {self.folder.path.parent}"
