@@ -107,9 +107,10 @@ def test_a_cell_stops_between_training_and_evaluation(
         train_step(trainer, network)
 
     cell = study.cells[0]
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="training is finished"):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", signalled)
-        cells.run(cell, tmp_path, MACHINE)
+        with pytest.raises(Interrupted, match="training is finished"):
+            cells.run(cell, tmp_path, MACHINE)
     assert look(cell, tmp_path).status == "waiting"
     assert not RunFolder(tmp_path / cell.name).evaluation.exists()
     cells.run(cell, tmp_path, MACHINE)
