@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -87,6 +88,8 @@ def test_a_cell_is_trained_and_evaluated(study: Study, tmp_path: Path) -> None:
     assert state.validation is not None
     record = kept(runs, cell.name)
     assert record["status"] == "done"
+    ended = datetime.datetime.fromisoformat(record["ended"].replace("Z", "+00:00"))
+    assert abs(datetime.datetime.now(datetime.timezone.utc) - ended) < datetime.timedelta(minutes=5)
     assert record["place"]["method"] == "trades"
     assert record["evaluated"] == record["asked"]["evaluations"] == [dict(e) for e in cell.evaluations]
     assert min(record["seconds"].values()) > 0

@@ -10,11 +10,13 @@ from scipy import stats
 
 from dtrades_fast.study import statistics
 from dtrades_fast.study.statistics import (
+    Interval,
     area_under_front,
     at_equal,
     bootstrap,
     difference_of_fronts,
     harmonic,
+    in_common,
     paired,
     pareto,
     summary,
@@ -61,9 +63,12 @@ def test_one_seed_resolves_nothing() -> None:
 
 
 def test_seeds_that_do_not_vary() -> None:
-    found = paired(seeded([2, 3]), seeded([1, 2]))
-    assert (found.low, found.high, found.needed, found.needed_for_power) == (1, 1, 2, 2)
-    assert found.resolved
+    found = paired(seeded([2, 3.1]), seeded([1, 2.1]))  # the same but for rounding
+    assert (found.low, found.high, found.needed, found.needed_for_power) == (1, 1, None, None)
+    assert not found.resolved
+    assert verdict(found, "A", "B") == (
+        "not resolved: A minus B +1.0 points with each of 2 seeds, from which their spread cannot be told"
+    )
     same = paired(seeded([2, 3]), seeded([2, 3]))
     assert (same.resolved, same.needed, same.needed_for_power) == (False, None, None)
 
@@ -142,15 +147,32 @@ def test_what_the_bootstrap_refuses() -> None:
 
 def test_no_winner_where_the_interval_contains_zero() -> None:
     clear = paired(seeded([50.0, 51.0, 50.5]), seeded([47.0, 48.2, 47.4]))
-    assert verdict(clear, "A", "B").startswith("A is 3.0 points above B (95 % interval +2.")
+    said = f"A is 3.0 points above B (95 % interval +{clear.low:.1f} to +{clear.high:.1f}, 3 seeds)"
+    assert verdict(clear, "A", "B") == said
     flipped = paired(seeded([47.0, 48.2, 47.4]), seeded([50.0, 51.0, 50.5]))
-    assert verdict(flipped, "A", "B").startswith("B is 3.0 points above A (95 % interval -3.")
+    assert verdict(flipped, "B", "A") == said
     open_question = paired(seeded([50.0, 53.0, 47.0]), seeded([49.0, 49.0, 49.5]))
     said = verdict(open_question, "A", "B")
     assert said.startswith("not resolved: A minus B +0.8 points (95 % interval -")
-    assert f"about {open_question.needed_for_power} seeds would be needed" in said
+    assert f"about {open_question.needed_for_power} seeds for a power of 80 %" in said
     assert verdict(paired({0: 3.0}, {0: 1.0}), "A", "B") == "not resolved: A minus B +2.0 points, one seed"
-    assert "no number of seeds would do" in verdict(paired(seeded([1, 0]), seeded([0, 1])), "A", "B")
+    assert verdict(paired({0: 3.0}, {0: 1.0, 1: 2.0}), "A", "B").endswith(", one seed in common")
+    assert "there is no difference to resolve" in verdict(paired(seeded([1, 0]), seeded([0, 1])), "A", "B")
+    faint = paired(seeded([1.0, -1.0, 1e-6]), seeded([0, 0, 0]))
+    assert "more than 10,000 seeds" in verdict(faint, "A", "B")
+
+
+def test_no_winner_where_other_test_images_might_not_agree() -> None:
+    found = paired(seeded([50.0, 51.0, 50.5]), seeded([47.0, 48.2, 47.4]))
+    assert "above" in verdict(found, "A", "B", points=Interval(3.0, 0.5, 5.5))
+    said = verdict(found, "A", "B", points=Interval(3.0, -0.5, 6.5))
+    assert said.startswith("not resolved: A minus B +3.0 points (95 % interval +2.")
+    assert said.endswith("; but -0.5 to +6.5 over test images, of which more would be needed)")
+
+
+def test_a_difference_is_not_rounded_to_nothing() -> None:
+    found = paired(seeded([0.0101, 0.0102, 0.0103]), seeded([0.0, 0.0, 0.0]))
+    assert verdict(found, "A", "B", "", 1).startswith("A is 0.01 above B (95 % interval +0.01 to +0.01")
 
 
 # ---- trade-offs ------------------------------------------------------------------------------------------------------
@@ -185,6 +207,8 @@ def test_fronts_are_compared_at_equal_clean_accuracy() -> None:
     assert difference_of_fronts(shifted, front) == pytest.approx(3)
     assert difference_of_fronts(front, shifted) == pytest.approx(-3)
     assert difference_of_fronts([(20.0, 20.0)], front) is None
+    assert difference_of_fronts([(70.0, 20.0)], front) is None  # one clean accuracy makes no range
+    assert in_common([(95.0, 0.0), (65.0, 40.0)], front) == (65, 90)
     lower = difference_of_fronts([(95.0, 0.0), (65.0, 40.0)], front)
     na = np.linspace(65, 90, 20_001)
     expected = (np.interp(na, [65, 95], [40, 0]) - np.interp(na, [60, 80, 90], [50, 40, 10])).mean()

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 __all__ = ["Block", "Details", "Heading", "Picture", "Table", "Text", "csv_text", "html", "latex", "markdown", "png"]
 
 DPI = 150
+LONG = 40  #: letters of a cell that LaTeX breaks into lines
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
@@ -166,22 +167,23 @@ def tex(text: str) -> str:
 
 
 def latex(table: Table) -> str:
-    """For a document that uses booktabs."""
+    """For a document that uses booktabs and graphicx: as wide as the page, long words in lines."""
     lines = [" & ".join(map(tex, row)) + r" \\" for row in (table.header, *table.rows)]
-    columns = "l" + "r" * (len(table.header) - 1)
+    lengths = [max(len(row[i]) for row in (table.header, *table.rows)) for i in range(len(table.header))]
+    columns = "l" + "".join(r"p{0.35\linewidth}" if length > LONG else "r" for length in lengths[1:])
     return "\n".join(
         (
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{tex(table.caption)}}}",
             rf"\label{{tab:{table.name}}}",
-            rf"\begin{{tabular}}{{{columns}}}",
+            rf"\resizebox{{\linewidth}}{{!}}{{\begin{{tabular}}{{{columns}}}",
             r"\toprule",
             lines[0],
             r"\midrule",
             *lines[1:],
             r"\bottomrule",
-            r"\end{tabular}",
+            r"\end{tabular}}",
             r"\end{table}",
             "",
         )

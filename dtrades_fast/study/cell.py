@@ -136,6 +136,7 @@ class Record:
             "trained": self.trained,
             "evaluated": self.evaluated,
             "seconds": {"training": _training_seconds(self.folder), "evaluation": self.seconds},
+            "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()) if status == "done" else None,
             "error": error,
         }
         write_text(self.folder.cell, json.dumps(content, indent=1) + "\n")

@@ -14,7 +14,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from dtrades_fast.pixels import pixels
 from dtrades_fast.plot.figures import DASHES, WIDTH, filled_grid, looks, series, styled
 from dtrades_fast.plot.robustness import robust_accuracy_curve
 from dtrades_fast.study import statistics, tables
@@ -37,12 +36,12 @@ def look_of(group: Group) -> dict[str, tuple[str, str]]:
 @styled
 def trade_off(group: Group, checkpoint: Checkpoint) -> Figure:
     """Clean against robust accuracy: means with the deviation over seeds, settings of a method joined, Pareto front."""
-    attacks, look = group.attacks(checkpoint), look_of(group)
+    basis, look = group.bases.get(checkpoint), look_of(group)
     figure = Figure((WIDTH, 4.6), layout="constrained")
     ax = figure.subplots()
     for (method, rows), dashes in zip(tables.fronts(group, checkpoint).items(), itertools.cycle(DASHES), strict=False):
         colour, marker = look[method]
-        found = [np.array(list(tables.points(row, checkpoint, attacks).values())) for row in rows]
+        found = [np.array(list(tables.points(row, checkpoint, basis).values())) for row in rows]
         mean = np.array([each.mean(0) for each in found])
         spread = np.array([each.std(0, ddof=1) if len(each) > 1 else np.zeros(2) for each in found])
         order = mean[:, 0].argsort()
@@ -60,9 +59,8 @@ def trade_off(group: Group, checkpoint: Checkpoint) -> Figure:
         )
         if len(rows) > 1:
             for row, (na, ra) in zip(rows, mean, strict=True):
-                ax.annotate(
-                    row.setting.split()[-1], (na, ra), (4, 4), textcoords="offset points", fontsize=7, color=colour
-                )
+                short = row.setting.split()[-1] if row.setting else "default"
+                ax.annotate(short, (na, ra), (4, 4), textcoords="offset points", fontsize=7, color=colour)
     draw_front(ax, list(tables.mean_points(group, checkpoint).values()))
     ax.set(xlabel="natural accuracy NA (%)", ylabel="robust accuracy RA, all attacks (%)")
     figure.legend(loc=LEGEND, ncols=6, frameon=False)
@@ -70,9 +68,12 @@ def trade_off(group: Group, checkpoint: Checkpoint) -> Figure:
 
 
 def draw_front(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """The steps below which every point is exceeded by another one."""
-    front = np.array(sorted(points[i] for i in statistics.pareto(points)))
-    ax.step(*front.T, where="pre", color="0.6", linewidth=4, alpha=0.4, zorder=0, label="Pareto front")
+    """The steps below which every point is exceeded by another one, to the edges of the picture."""
+    (left, _), (bottom, _) = ax.get_xlim(), ax.get_ylim()
+    front = sorted(points[i] for i in statistics.pareto(points))
+    corners = np.array([(left, front[0][1]), *front, (front[-1][0], bottom)])
+    ax.step(*corners.T, where="pre", color="0.6", linewidth=4, alpha=0.4, zorder=0, label="Pareto front")
+    ax.set(xlim=(left, None), ylim=(bottom, None))
 
 
 @styled
@@ -115,7 +116,9 @@ def weights(rows: Sequence[Row]) -> Figure:
         shown = np.flatnonzero(shares.sum(1))
         low, high = max(0, shown[0] - 1), min(len(shares), shown[-1] + 2)
         epochs = np.arange(shares.shape[1] + 1) + 0.5
-        mesh = ax.pcolormesh(epochs, edges[low : high + 1], shares[low:high], cmap="Blues", vmin=0)
+        spread = shares[:, (shares > 0).sum(0) > 1]  # not of a warm-up, in which all images have one weight
+        most = float(spread.max()) if spread.size else 100.0
+        mesh = ax.pcolormesh(epochs, edges[low : high + 1], shares[low:high], cmap="Blues", vmin=0, vmax=most)
         mean = by_epoch(row, ("train", "lambda", "mean")).mean(0)
         ax.plot(np.arange(1, len(mean) + 1), mean, color="#D55E00", marker="o", label="mean")
         ax.set(title=row.name, xlabel="epoch", ylabel="weight λ(x)", yscale="log")
@@ -172,16 +175,18 @@ def frame(column: int, row: int) -> Rectangle:
 
 def against_epsilon(group: Group, checkpoint: Checkpoint) -> Figure | None:
     """Robust accuracy by radius, from the smallest perturbations in Linf of all seeds; the rows of ``main``."""
-    norms, cap = {}, 0.0
+    norms: dict[str, NDArray[np.float64]] = {}
+    cap = 0.0
     for row in group.part("main"):
         found = [entry for result in row.results.values() if (entry := result.norms(checkpoint, "linf"))]
         if found:
-            cap = max(entry["cap"] for entry in found)
-            per_point = [value for entry in found for value in entry["per_point"]]
-            norms[row.name] = torch.tensor([float("inf") if value is None else value for value in per_point])
+            cap = max(cap, *(entry.cap for entry in found))
+            norms[row.name] = np.concatenate([entry.values for entry in found])
     if not norms:
         return None
-    record = next(r for row in group.part("main") for r in row.results.values()).record(checkpoint)
-    epsilon = None if record is None else pixels(record["epsilon"])
-    shown = min(cap, 3 * epsilon) if epsilon else cap
-    return robust_accuracy_curve(norms, norm="linf", cap=shown, epsilon=epsilon)
+    basis = group.bases.get(checkpoint)
+    epsilon = basis.epsilon if basis is not None and basis.norm == "linf" else None
+    largest = max(float(values[np.isfinite(values)].max(initial=0.0)) for values in norms.values())
+    shown = min(cap, 1.05 * max(largest, epsilon or 0.0)) or cap
+    values = {name: torch.from_numpy(found) for name, found in norms.items()}
+    return robust_accuracy_curve(values, norm="linf", cap=shown, epsilon=epsilon)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -68,9 +67,9 @@ def main(argv: Sequence[str], prog: str) -> int:
     output = options.output or options.runs / "report"
     write_files(output, f"Study {study.name}", content, results)
     console = Console()
-    for table in all_tables(content):
-        if "-comparison-" in table.name:
-            for line in tables.comparison_lines(table):
+    for group in results.groups:
+        if (table := tables.comparison(group, study.compare, options.compare_at)) is not None:
+            for line in tables.comparison_lines(group, table):
                 console.print(line, soft_wrap=True, highlight=False, markup=False)
     for name in ("index.html", "results.md", "results.csv", "summary.csv", "tables/*.tex", "figures/*.png"):
         console.print(str(output / name), soft_wrap=True, highlight=False, markup=False)
@@ -148,17 +147,19 @@ def progress(results: Results) -> Iterator[Block]:
     """How much of the study there is."""
     states = results.states
     counts = {status: [n for n, state in states.items() if state.status == status] for status in ("done", "failed")}
-    newest = max(result.folder.cell.stat().st_mtime for result in results.all)
-    day = datetime.datetime.fromtimestamp(newest, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    ended = max((when for result in results.all if (when := result.ended)), default=None)
+    day = f", the last one on {ended}" if ended else ""
     if len(counts["done"]) == len(states):
-        yield Text.of(f"All {len(states)} cells are finished, the last one on {day}.")
-        return
-    missing = len(states) - len(counts["done"]) - len(counts["failed"])
-    yield Text.of(
-        f"Not finished: {len(counts['done'])} of {len(states)} cells are, the last one on {day}; "
-        f"{len(counts['failed'])} failed, {missing} are missing. All figures are of what there is.",
-        strong=True,
-    )
+        yield Text.of(f"All {len(states)} cells are finished{day}.")
+    else:
+        missing = len(states) - len(counts["done"]) - len(counts["failed"])
+        yield Text.of(
+            f"Not finished: {len(counts['done'])} of {len(states)} cells are{day}; {len(counts['failed'])} failed, "
+            f"{missing} are missing. All figures are of what there is.",
+            strong=True,
+        )
+    if others := results.other_data:
+        yield Text.of(f"These cells are of other data than the rest of their group: {', '.join(others)}.", strong=True)
     if counts["failed"]:
         yield Text(tuple(f"{name}: {states[name].stage}" for name in counts["failed"]))
 
@@ -171,11 +172,15 @@ def accuracy(group: Group) -> Iterator[Block]:
         for checkpoint in CHECKPOINTS:
             if (table := tables.accuracies(group, part, checkpoint)) is not None:
                 yield table
+    if others := [f"{line} ({checkpoint} epoch)" for checkpoint in CHECKPOINTS for line in group.left_out(checkpoint)]:
+        yield Details(f"Evaluated otherwise, and not shown: {group.name}", [Text(tuple(others))])
 
 
 def comparison(group: Group, compare: str, at: Checkpoint) -> Iterator[Block]:
     if (table := tables.comparison(group, compare, at)) is not None:
         yield table
+        if (rest := tables.comparison(group, compare, at, headlines=False)) is not None:
+            yield Details(f"Paired differences of all other figures: {group.name}", [rest])
     else:
         yield Text.of(f"{group.name}: nothing to compare yet.")
 
@@ -194,7 +199,7 @@ def trade_off(group: Group, compare: str, at: Checkpoint) -> Iterator[Block]:
         + "; ".join(f"{name} {na:.1f} and {ra:.1f} %" for name, (na, ra) in tables.mean_points(group, at).items()),
     )
     yield table
-    if lines := tables.at_equal_accuracy(group, compare, at):
+    if lines := tables.front_comparison(group, compare, at):
         yield Text(tuple(lines)) if len(lines) > 1 else Text.of(lines[0])
 
 
@@ -205,6 +210,8 @@ def training(group: Group) -> Iterator[Block]:
         f"{group.name}: means over seeds, bands from the lowest to the highest. RA is that of the validation's PGD.",
         f"Training curves of {', '.join(row.name for row in group.part('main'))}",
     )
+    if (table := tables.weights(group)) is not None:
+        yield table
     if rows := figures.with_lambda(group):
         yield Picture(
             slug(f"{group.protocol}-{group.name}-lambda"),

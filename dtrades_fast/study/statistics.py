@@ -1,7 +1,8 @@
 """What can be said of a few seeds: means, paired differences with their uncertainty, trade-offs.
 
 Two sources of chance are kept apart. Another training gives another network: the t interval over seeds speaks of that.
-Other test points give other accuracies of the same networks: the bootstrap speaks of that. Neither covers the other.
+Other test points give other accuracies of the same networks: the bootstrap speaks of that. Neither covers the other, so
+a winner is named only where both exclude zero.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = [
     "bootstrap",
     "difference_of_fronts",
     "harmonic",
+    "in_common",
     "paired",
     "pareto",
     "summary",
@@ -31,6 +33,7 @@ __all__ = [
 
 LEVEL = 0.95
 POWER = 0.8
+SAME = 1e-9  #: a mean or deviation that is rounding
 MOST_SEEDS = 10_000  #: beyond it, no number of seeds is named
 RESAMPLES = 10_000
 CHUNK = 500  #: resamples at a time
@@ -90,8 +93,8 @@ class Paired(Interval):
         deviation: standard deviation of the differences; NaN of one.
         count: seeds that both have.
         dropped: seeds that only one of both has.
-        needed: seeds at which the interval would exclude zero, were mean and deviation as seen; None if the mean is 0,
-            the deviation is unknown or more than 10,000 would be needed.
+        needed: seeds at which the interval would exclude zero, were mean and deviation as seen; None if the mean or the
+            deviation is 0, the deviation is unknown or more than 10,000 would be needed.
         needed_for_power: seeds at which it would with a probability of 80 %, were these the true ones: more, since the
             next mean may come out smaller than this one.
     """
@@ -102,6 +105,11 @@ class Paired(Interval):
     needed: int | None
     needed_for_power: int | None
 
+    @property
+    def resolved(self) -> bool:
+        """Whether it excludes zero; differences that are all the same say nothing of how much others would vary."""
+        return self.deviation > 0 and super().resolved
+
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float], level: float = LEVEL) -> Paired:
     r"""Interval of the mean of ``ours - theirs`` by Student's t with n - 1 degrees of freedom.
@@ -109,7 +117,8 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float], level: float 
     .. math:: \bar d \pm t_{n-1, (1 + level) / 2}\, s_d / \sqrt n
 
     It takes the differences for normal, which a few seeds cannot show. One seed gives an infinite interval; differences
-    that are all the same give one without width, which says that the seeds do not vary, not that the value is exact.
+    that are all the same (to 1e-9) give one without width, which resolves nothing: accuracies on a few points come in
+    steps.
 
     Args:
         ours, theirs: seed -> value.
@@ -121,7 +130,8 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float], level: float 
     if not seeds:
         raise ValueError(f"no seed in common: {sorted(ours)} and {sorted(theirs)}")
     found = summary([ours[seed] - theirs[seed] for seed in seeds])
-    mean, deviation, count = found.mean, found.deviation, found.count
+    mean, deviation = (0.0 if abs(value) < SAME else value for value in (found.mean, found.deviation))
+    count = found.count
     half = half_width(deviation, count, level)
     return Paired(
         mean=mean,
@@ -144,15 +154,13 @@ def half_width(deviation: float, count: int, level: float) -> float:
 
 def power(mean: float, deviation: float, count: int, level: float) -> float:
     """Probability that the t interval of so many differences excludes zero on the side of the true mean."""
-    if deviation == 0:
-        return 1.0
     threshold = stats.t.ppf((1 + level) / 2, count - 1)
     return float(stats.nct.sf(threshold, count - 1, abs(mean) / deviation * math.sqrt(count)))
 
 
 def smallest_count(enough: Callable[[int], bool], mean: float, deviation: float) -> int | None:
     """The smallest number of seeds, from 2 on, that is enough; more are enough, too."""
-    if mean == 0 or math.isnan(deviation) or not enough(MOST_SEEDS):
+    if mean == 0 or not deviation > 0 or not enough(MOST_SEEDS):
         return None
     low, high = 1, MOST_SEEDS  # not enough, enough
     while high - low > 1:
@@ -193,26 +201,46 @@ def bootstrap(
     return Interval(float(per_point.mean()), float(low), float(high))
 
 
-def verdict(found: Paired, name: str, other: str, unit: str = "points", decimals: int = 1) -> str:
-    """A sentence: which is higher, if the interval excludes zero, or that it is not resolved.
+def verdict(
+    found: Paired, name: str, other: str, unit: str = "points", decimals: int = 1, points: Interval | None = None
+) -> str:
+    """A sentence: which is higher, if the intervals exclude zero, or that it is not resolved and what would resolve it.
 
     Args:
         found: ``name`` minus ``other``.
         name, other: as they are called.
         unit: of the values.
-        decimals: that are shown.
+        decimals: that are shown, more if the difference were zero to them.
+        points: the same difference over test points, if that is known.
     """
     unit = f" {unit}" if unit else ""
-    difference = f"{name} minus {other} {found.mean:+.{decimals}f}{unit}"
-    if found.count == 1:
-        return f"not resolved: {difference}, one seed"
-    interval = f"95 % interval {found.low:+.{decimals}f} to {found.high:+.{decimals}f}, {found.count} seeds"
-    if found.resolved:
-        above, below = (name, other) if found.mean > 0 else (other, name)
+    while found.mean and not round(found.mean, decimals):
+        decimals += 1
+    seeds = f"{found.count} seeds{' in common' if found.dropped else ''}"
+    if found.resolved and (points is None or points.resolved):
+        (above, below), sign = ((name, other), 1) if found.mean > 0 else ((other, name), -1)
+        low, high = sorted((sign * found.low, sign * found.high))
+        interval = f"95 % interval {low:+.{decimals}f} to {high:+.{decimals}f}, {seeds}"
         return f"{above} is {abs(found.mean):.{decimals}f}{unit} above {below} ({interval})"
-    needed = found.needed_for_power
-    more = f"about {needed} seeds would be needed" if needed else "no number of seeds would do"
-    return f"not resolved: {difference} ({interval}; {more})"
+    difference = f"not resolved: {name} minus {other} {found.mean:+.{decimals}f}{unit}"
+    if found.count == 1:
+        return f"{difference}, one seed{' in common' if found.dropped else ''}"
+    if found.deviation == 0:
+        return f"{difference} with each of {seeds}, from which their spread cannot be told"
+    interval = f"95 % interval {found.low:+.{decimals}f} to {found.high:+.{decimals}f}, {seeds}"
+    if found.resolved and points is not None:
+        drawn = f"{points.low:+.{decimals}f} to {points.high:+.{decimals}f}"
+        return f"{difference} ({interval}; but {drawn} over test images, of which more would be needed)"
+    return f"{difference} ({interval}; {_needed(found)})"
+
+
+def _needed(found: Paired) -> str:
+    """How many seeds would resolve it, in words."""
+    if not found.mean:
+        return "there is no difference to resolve"
+    if found.needed_for_power is None:
+        return f"more than {MOST_SEEDS:,} seeds for a power of 80 %, if it is as seen"
+    return f"about {found.needed_for_power} seeds for a power of 80 %, if it is as seen"
 
 
 # ---- trade-offs ------------------------------------------------------------------------------------------------------
@@ -258,15 +286,20 @@ def at_equal(front: Sequence[Point], na: ArrayLike) -> NDArray[np.float64]:
     return np.interp(np.asarray(na, dtype=float), x, y, left=math.nan, right=math.nan)
 
 
+def in_common(ours: Sequence[Point], theirs: Sequence[Point]) -> tuple[float, float] | None:
+    """The range of clean accuracies that both fronts have; None without one, or if it is a single accuracy."""
+    ends = [sorted(front[i][0] for i in pareto(front)) for front in (ours, theirs)]
+    low, high = max(ends[0][0], ends[1][0]), min(ends[0][-1], ends[1][-1])
+    return (low, high) if low < high else None
+
+
 def difference_of_fronts(ours: Sequence[Point], theirs: Sequence[Point], steps: int = 200) -> float | None:
     """Mean difference in robust accuracy at equal clean accuracy, over the clean accuracies that both fronts have.
 
     Returns:
-        ``ours - theirs``, or None if no clean accuracy is common to both.
+        ``ours - theirs``, or None if they have none in common.
     """
-    ends = [sorted(front[i][0] for i in pareto(front)) for front in (ours, theirs)]
-    low, high = max(ends[0][0], ends[1][0]), min(ends[0][-1], ends[1][-1])
-    if low > high:
+    if (ends := in_common(ours, theirs)) is None:
         return None
-    na = np.linspace(low, high, steps)
+    na = np.linspace(*ends, steps)
     return float((at_equal(ours, na) - at_equal(theirs, na)).mean())

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dtrades_fast.config import read_yaml
 from dtrades_fast.study import statistics
@@ -13,6 +14,8 @@ from dtrades_fast.study.blocks import Table, slug
 from dtrades_fast.study.results import (
     CHECKPOINTS,
     NAMES,
+    NORMS,
+    Basis,
     Checkpoint,
     Group,
     Result,
@@ -24,56 +27,51 @@ from dtrades_fast.study.results import (
 )
 from dtrades_fast.training.progress import duration
 
-#: What pairs of methods are compared by: its name, its unit, and whether test points can be drawn anew for it.
-MEASURES = (
-    ("NA", "points", True),
-    ("RA worst", "points", True),
-    ("worst class", "points", False),
-    ("APN Linf", "", False),
-)
+#: What pairs of methods are compared by, first of all, and its unit.
+HEADLINES = {"NA": "points", "RA worst": "points", "worst class": "points", "APN Linf": ""}
 NOTHING = "–"
 UNITS = {"APN Linf": 3, "APN L2": 2}  #: decimals; all else has one
 
 
-def of_seeds(row: Row, checkpoint: Checkpoint, attacks: Sequence[str]) -> dict[int, dict[str, float]]:
+def of_seeds(row: Row, checkpoint: Checkpoint, basis: Basis | None) -> dict[int, dict[str, float]]:
     """Seed -> the figures of its run."""
-    return {seed: figures(result, checkpoint, attacks) for seed, result in row.results.items()}
+    return {seed: figures(result, checkpoint, basis) for seed, result in row.results.items()}
 
 
-def mean_and_deviation(values: Sequence[float], decimals: int = 1) -> str:
-    """``mean ± deviation``; of one seed the value."""
+def mean_and_deviation(values: Sequence[float], decimals: int = 1, seeds: int | None = None) -> str:
+    """``mean ± deviation``; of one seed the value. Where fewer than all seeds have one, how many do."""
     if not values:
         return NOTHING
     found = statistics.summary(values)
-    mean = f"{found.mean:.{decimals}f}"
-    return mean if found.count == 1 else f"{mean} ± {found.deviation:.{decimals}f}"
+    text = f"{found.mean:.{decimals}f}" + (f" ± {found.deviation:.{decimals}f}" if found.count > 1 else "")
+    return text if seeds in (None, found.count) else f"{text} ({found.count} of {seeds} seeds)"
+
+
+def median_and_range(values: Sequence[float]) -> str:
+    """``median (lowest to highest)``; of one seed the value."""
+    if not values:
+        return NOTHING
+    middle = f"{np.median(values):.1f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.1f} to {max(values):.1f})"
 
 
 def accuracies(group: Group, part: str, checkpoint: Checkpoint) -> Table | None:
     """Mean and deviation over seeds; None if no run of the part was evaluated at that checkpoint."""
-    attacks, rows = group.attacks(checkpoint), group.part(part)
-    found = {row.name: of_seeds(row, checkpoint, attacks) for row in rows}
+    basis, rows = group.bases.get(checkpoint), group.part(part)
+    found = {row.name: of_seeds(row, checkpoint, basis) for row in rows}
     names = [name for row in found.values() for seed in row.values() for name in seed]
-    if "NA" not in names:
+    if basis is None or "NA" not in names:
         return None
-    order = [
-        "NA",
-        *(f"RA {name}" for name in ["fgsm", *attacks]),
-        "RA autoattack",
-        "RA worst",
-        "RD",
-        "ASR all",
-        "ASR correct",
-    ]
-    order = [name for name in dict.fromkeys([*order, "worst class", "APN Linf", "APN L2"]) if name in names]
+    attacked = [name for name in dict.fromkeys(names) if name.startswith("RA ") and name != "RA worst"]
+    order = ["NA", *(f"RA {name}" for name in basis.attacks), *attacked]
+    order += ["RA worst", "RD", "ASR all", "ASR correct", "worst class", "APN Linf", "APN L2"]
+    order = [name for name in dict.fromkeys(order) if name in names]
     lines = []
     for row in rows:
-        seeds = found[row.name].values()
-        cells = [
-            mean_and_deviation([seed[name] for seed in seeds if name in seed], UNITS.get(name, 1)) for name in order
-        ]
-        overfit = mean_and_deviation(overfitting(row, attacks)) if checkpoint == "last" else None
-        lines.append([row.name, *cells, *([overfit] if overfit else []), str(len(row.results))])
+        values = {name: [seed[name] for seed in found[row.name].values() if name in seed] for name in order}
+        cells = [mean_and_deviation(values[name], UNITS.get(name, 1), len(row.results)) for name in order]
+        overfit = [mean_and_deviation(overfitting(group, row))] if checkpoint == "last" else []
+        lines.append([row.name, *cells, *overfit, str(len(row.results))])
     header = [
         "method",
         *(heading(name) for name in order),
@@ -82,9 +80,12 @@ def accuracies(group: Group, part: str, checkpoint: Checkpoint) -> Table | None:
     ]
     used = [i for i, _ in enumerate(header) if any(line[i] != NOTHING for line in lines)]
     caption = (
-        f"{group.name}, {part}, {checkpoint} epoch: mean ± standard deviation over seeds, in % (APN in pixel units). "
-        f"RA worst: points that stand under each of {', '.join(attacks)}."
+        f"{group.name}, {part}, {checkpoint} epoch, {basis.words}: mean ± standard deviation over seeds, in % (APN in "
+        "pixel units)."
     )
+    if basis.attacks:
+        caption += f" RA worst: points that stand under each of {', '.join(basis.attacks)}, which all runs were"
+        caption += " attacked by."
     name = slug(f"{group.protocol}-{group.name}-{part}-{checkpoint}")
     return Table(name, caption, [header[i] for i in used], [[line[i] for i in used] for line in lines])
 
@@ -93,11 +94,36 @@ def heading(name: str) -> str:
     return {"worst class": "RA worst class", "ASR all": "ASR of all", "ASR correct": "ASR of correct"}.get(name, name)
 
 
-def overfitting(row: Row, attacks: Sequence[str]) -> list[float]:
-    """RA of the best epoch minus that of the last one, by seed; empty if one was not evaluated."""
-    both = [of_seeds(row, checkpoint, attacks) for checkpoint in CHECKPOINTS]
-    last, best = ([found.get("RA worst") for found in seeds.values()] for seeds in both)
-    return [b - a for a, b in zip(last, best, strict=True) if a is not None and b is not None]
+def overfitting(group: Group, row: Row) -> list[float]:
+    """RA of the best epoch minus that of the last one, by seed, under the attacks of both."""
+    bases = [group.bases.get(checkpoint) for checkpoint in ("best", "last")]
+    if None in bases:
+        return []
+    best, last = (basis for basis in bases if basis is not None)
+    attacks = [name for name in best.attacks if name in last.attacks]
+    if not attacks or best.conditions != last.conditions:
+        return []
+    pairs = [(r.standing("best", best, attacks), r.standing("last", last, attacks)) for r in row.results.values()]
+    return [100 * float(a.mean() - b.mean()) for a, b in pairs if a is not None and b is not None]
+
+
+def weights(group: Group) -> Table | None:
+    """What the weight of the regularisation really was; None without a method that has one."""
+    lines = []
+    for row in group.rows:
+        found = [seed for seed in of_seeds(row, "last", None).values() if "mean weight" in seed]
+        if found:
+            over = [mean_and_deviation([seed[name] for seed in found], 2) for name in ("mean weight", "last weight")]
+            lines.append([row.name, row.part, *over, str(len(found))])
+    if not lines:
+        return None
+    caption = (
+        f"{group.name}: the weight of the regularisation as it was in training, mean ± standard deviation over seeds. "
+        "Calibration fixes the mean of λ(x) where it ends; as entropy and sensitivity change, so does λ(x). Runs are "
+        "alike in weight by these columns, not by their names."
+    )
+    header = ["method", "part", "mean over training", "mean in the last epoch", "seeds"]
+    return Table(slug(f"{group.protocol}-{group.name}-weights"), caption, header, lines)
 
 
 # ---- comparisons -----------------------------------------------------------------------------------------------------
@@ -120,38 +146,66 @@ def pairs(group: Group, compare: str) -> Iterator[tuple[str, Row, Row]]:
                 yield from ((part, first, row) for first in mine)
 
 
-def comparison(group: Group, compare: str, checkpoint: Checkpoint) -> Table | None:
-    """Paired differences with intervals over seeds and over points; None if there is nothing to compare."""
-    attacks, lines = group.attacks(checkpoint), []
+def comparison(group: Group, compare: str, checkpoint: Checkpoint, *, headlines: bool = True) -> Table | None:
+    """Paired differences with intervals over seeds and over points; None if there is nothing to compare.
+
+    Args:
+        group: of rows.
+        compare: the method that is compared with the others.
+        checkpoint: whose weights.
+        headlines: of what matters most, in words, too, where the group decides; else of all other figures.
+    """
+    basis, lines, in_words = group.bases.get(checkpoint), [], headlines and group.protocol == "common"
     for _, ours, theirs in pairs(group, compare):
-        a, b = (of_seeds(row, checkpoint, attacks) for row in (ours, theirs))
-        for name, unit, has_points in MEASURES:
+        a, b = (of_seeds(row, checkpoint, basis) for row in (ours, theirs))
+        names = dict.fromkeys(name for side in (a, b) for found in side.values() for name in found)
+        for name in names:
             x, y = ({seed: found[name] for seed, found in side.items() if name in found} for side in (a, b))
-            if not set(x) & set(y):
+            if (name in HEADLINES) != headlines or name in NOT_COMPARED or not set(x) & set(y):
                 continue
-            found = statistics.paired(x, y)
-            decimals = UNITS.get(name, 1)
-            drawn = over_points(ours, theirs, checkpoint, attacks if name != "NA" else ()) if has_points else NOTHING
+            found, drawn = statistics.paired(x, y), over_points(ours, theirs, checkpoint, basis, name)
+            decimals, unit = UNITS.get(name, 1), HEADLINES.get(name, "")
+            said = statistics.verdict(found, ours.name, theirs.name, unit, decimals, drawn)
             lines.append(
                 [
                     f"{ours.name} − {theirs.name}",
                     heading(name),
+                    *([said] if in_words else []),
                     f"{found.mean:+.{decimals}f}",
                     interval(found, decimals),
-                    drawn,
+                    NOTHING if drawn is None else interval(drawn, decimals),
+                    str(found.count),
                     str(found.needed_for_power or NOTHING),
-                    statistics.verdict(found, ours.name, theirs.name, unit, decimals),
                 ]
             )
     if not lines:
         return None
-    header = ["pair", "of", "difference", "95 % over seeds", "95 % over points", "seeds for 80 % power", "in words"]
+    words = ["in words"] if in_words else []
+    header = [
+        "pair",
+        "of",
+        *words,
+        "difference",
+        "95 % over seeds",
+        "95 % over images",
+        "seeds",
+        "seeds for 80 % power",
+    ]
     caption = (
         f"{group.name}, {checkpoint} epoch: paired differences on the same seeds. Over seeds: Student's t, for other "
-        "trainings; over points: bootstrap, for other test images of these networks. A winner is named only where the "
-        "interval over seeds excludes zero; the intervals are not corrected for their number."
+        "trainings; over images: bootstrap, for other test images of these networks. The intervals are not corrected "
+        "for their number."
     )
-    return Table(slug(f"{group.protocol}-{group.name}-comparison-{checkpoint}"), caption, header, lines)
+    if in_words:
+        caption += " A winner is named only where both intervals exclude zero."
+    elif headlines:
+        caption += f" The {group.protocol} conditions differ between methods: they name no winner."
+    rest = "" if headlines else "-of-the-rest"
+    return Table(slug(f"{group.protocol}-{group.name}-comparison-{checkpoint}{rest}"), caption, header, lines)
+
+
+#: Figures that are no result, or the complement of another one.
+NOT_COMPARED = ("ASR all", "minutes", "mean weight", "last weight")
 
 
 def interval(found: statistics.Interval, decimals: int = 1) -> str:
@@ -160,27 +214,55 @@ def interval(found: statistics.Interval, decimals: int = 1) -> str:
     return f"{found.low:+.{decimals}f} to {found.high:+.{decimals}f}"
 
 
-def over_points(ours: Row, theirs: Row, checkpoint: Checkpoint, attacks: Sequence[str]) -> str:
-    """The bootstrap interval, if both were evaluated on the same points."""
+def over_points(
+    ours: Row, theirs: Row, checkpoint: Checkpoint, basis: Basis | None, name: str
+) -> statistics.Interval | None:
+    """The bootstrap interval of a figure that is a mean over test points; None of others, or if points differ."""
     both = [(ours.results[seed], theirs.results[seed]) for seed in ours.results if seed in theirs.results]
-    records = [r.record(checkpoint) for pair in both for r in pair]
-    if any(record is None or record["ids"] != (records[0] or {})["ids"] for record in records):
-        return NOTHING
-    a, b = ([pair[side].standing(checkpoint, attacks) for pair in both] for side in (0, 1))
-    return interval(statistics.bootstrap(100.0 * np.array(a), 100.0 * np.array(b)))
+    sides = [[per_point(pair[side], checkpoint, basis, name) for pair in both] for side in (0, 1)]
+    found = [(a, b) for a, b in zip(*sides, strict=True) if a is not None and b is not None]
+    if not found or len({ids for pair in found for ids, _ in pair}) > 1:
+        return None
+    return statistics.bootstrap(np.array([a for (_, a), _ in found]), np.array([b for _, (_, b) in found]))
 
 
-def comparison_lines(table: Table) -> list[str]:
-    """The comparison in words, for a terminal."""
-    return [f"{row[1]}: {row[-1]}" for row in table.rows]
+def per_point(
+    result: Result, checkpoint: Checkpoint, basis: Basis | None, name: str
+) -> tuple[tuple[int, ...], NDArray[np.float64]] | None:
+    """Test points and what each adds to the mean that the figure is; None if it is none."""
+    if name.startswith("APN "):
+        norm = next(norm for norm, word in NORMS.items() if name == f"APN {word}")
+        norms = result.norms(checkpoint, norm)
+        return None if norms is None else (norms.ids, norms.capped)
+    attacks: Sequence[str] | None = None
+    if basis is not None:
+        attacks = {"NA": (), "RA worst": basis.attacks, "RD": basis.attacks}.get(name)
+        if attacks is None and name.startswith("RA "):
+            attacks = (name.removeprefix("RA "),)
+    standing = None if basis is None or attacks is None else result.standing(checkpoint, basis, attacks)
+    if basis is None or standing is None:
+        return None
+    if name == "RD":
+        natural = result.standing(checkpoint, basis, ())
+        assert natural is not None
+        return basis.ids, 100 * (natural & ~standing).astype(float)
+    return basis.ids, 100 * standing.astype(float)
+
+
+def comparison_lines(group: Group, table: Table) -> list[str]:
+    """The comparison in words, for a terminal; none where it names no winners."""
+    if "in words" not in table.header:
+        return []
+    words = list(table.header).index("in words")
+    return [f"{group.name}, {row[1]}: {row[words]}" for row in table.rows]
 
 
 # ---- trade-offs ------------------------------------------------------------------------------------------------------
 
 
-def points(row: Row, checkpoint: Checkpoint, attacks: Sequence[str]) -> dict[int, tuple[float, float]]:
+def points(row: Row, checkpoint: Checkpoint, basis: Basis | None) -> dict[int, tuple[float, float]]:
     """Seed -> clean and robust accuracy."""
-    found = of_seeds(row, checkpoint, attacks)
+    found = of_seeds(row, checkpoint, basis)
     return {seed: (f["NA"], f["RA worst"]) for seed, f in found.items() if "RA worst" in f}
 
 
@@ -188,21 +270,21 @@ def fronts(group: Group, checkpoint: Checkpoint) -> dict[str, list[Row]]:
     """Method -> its rows along a front: those whose setting is an option's value, not a label."""
     rows: dict[str, list[Row]] = {}
     for row in group.rows:
-        if not row.labelled and points(row, checkpoint, group.attacks(checkpoint)):
+        if not row.labelled and points(row, checkpoint, group.bases.get(checkpoint)):
             rows.setdefault(row.method, []).append(row)
     return rows
 
 
 def trade_offs(group: Group, checkpoint: Checkpoint) -> Table | None:
     """Harmonic means; areas under the fronts of methods with several settings."""
-    attacks, lines = group.attacks(checkpoint), []
+    basis, lines = group.bases.get(checkpoint), []
     means = mean_points(group, checkpoint)
     on_front = {name for i, name in enumerate(means) if i in statistics.pareto(list(means.values()))}
     for rows in fronts(group, checkpoint).values():
-        by_seed = front_by_seed(rows, checkpoint, attacks)
+        by_seed = front_by_seed(rows, checkpoint, basis)
         areas = [100 * statistics.area_under_front(front) for front in by_seed.values()] if len(rows) > 1 else []
         for row in rows:
-            found = points(row, checkpoint, attacks).values()
+            found = points(row, checkpoint, basis).values()
             harmonics = [statistics.harmonic(na, ra) for na, ra in found]
             lines.append(
                 [
@@ -229,41 +311,47 @@ def mean_points(group: Group, checkpoint: Checkpoint) -> dict[str, tuple[float, 
     found = {}
     for rows in fronts(group, checkpoint).values():
         for row in rows:
-            values = np.mean(list(points(row, checkpoint, group.attacks(checkpoint)).values()), axis=0)
+            values = np.mean(list(points(row, checkpoint, group.bases.get(checkpoint)).values()), axis=0)
             found[row.name] = (float(values[0]), float(values[1]))
     return found
 
 
 def front_by_seed(
-    rows: Sequence[Row], checkpoint: Checkpoint, attacks: Sequence[str]
+    rows: Sequence[Row], checkpoint: Checkpoint, basis: Basis | None
 ) -> dict[int, list[tuple[float, float]]]:
     """Seed -> the points of all settings; only of seeds that have all of them."""
-    found = [points(row, checkpoint, attacks) for row in rows]
+    found = [points(row, checkpoint, basis) for row in rows]
     seeds = set(found[0]).intersection(*found[1:])
     return {seed: [each[seed] for each in found] for seed in sorted(seeds)}
 
 
-def at_equal_accuracy(group: Group, compare: str, checkpoint: Checkpoint) -> list[str]:
-    """How the front of the method lies to that of each other one that has several settings, in words."""
-    attacks, found = group.attacks(checkpoint), fronts(group, checkpoint)
+def front_comparison(group: Group, compare: str, checkpoint: Checkpoint) -> list[str]:
+    """How the front of the method lies to that of each other one that has as many settings, in words."""
+    basis, found = group.bases.get(checkpoint), fronts(group, checkpoint)
     mine, lines = found.pop(compare, []), []
     for rows in found.values():
         if len(rows) < 2 or len(mine) < 2:
             continue
-        a, b = front_by_seed(mine, checkpoint, attacks), front_by_seed(rows, checkpoint, attacks)
-        by_seed = {seed: statistics.difference_of_fronts(a[seed], b[seed]) for seed in a if seed in b}
-        values = {seed: value for seed, value in by_seed.items() if value is not None}
         ours, theirs = (NAMES.get(each[0].method, each[0].method) for each in (mine, rows))
-        without = (
-            f"; the fronts of {len(by_seed) - len(values)} seeds have no clean accuracy in common"
-            if len(values) < len(by_seed)
-            else ""
+        where = f"{group.name}, {checkpoint} epoch, the front of {ours} against that of {theirs}"
+        a, b = front_by_seed(mine, checkpoint, basis), front_by_seed(rows, checkpoint, basis)
+        seeds = sorted(set(a) & set(b))
+        if len(mine) != len(rows) or not seeds:
+            lines.append(f"{where}: not compared, {len(mine)} and {len(rows)} settings on {len(seeds)} common seeds.")
+            continue
+        areas = [{seed: 100 * statistics.area_under_front(side[seed]) for seed in seeds} for side in (a, b)]
+        lines.append(
+            f"{where}, area under it: {statistics.verdict(statistics.paired(areas[0], areas[1]), ours, theirs)}."
         )
+        equal = {seed: statistics.difference_of_fronts(a[seed], b[seed]) for seed in seeds}
+        values = {seed: value for seed, value in equal.items() if value is not None}
+        ranges = [ends for seed in seeds if (ends := statistics.in_common(a[seed], b[seed]))]
         if values:
             said = statistics.verdict(statistics.paired(values, dict.fromkeys(values, 0.0)), ours, theirs)
-            lines.append(f"{group.name}, {checkpoint} epoch, robust accuracy at equal clean accuracy: {said}{without}.")
+            over = ", ".join(f"{low:.1f} to {high:.1f}" for low, high in ranges)
+            lines.append(f"{where}, RA worst at equal NA ({over} %, by seed): {said}.")
         else:
-            lines.append(f"{group.name}: the fronts of {ours} and {theirs} have no clean accuracy in common.")
+            lines.append(f"{where}: no range of clean accuracies in common.")
     return lines
 
 
@@ -280,9 +368,10 @@ def masked_gradients(group: Group) -> Table:
             f"{record['verdict']['verdict']} (seed {seed}, {checkpoint}): {'; '.join(reasons(record))}"
             for seed, result in row.results.items()
             for checkpoint in CHECKPOINTS
-            if (record := result.record(checkpoint)) and record["verdict"]["verdict"] != "healthy"
+            for record in result.attacked(checkpoint)
+            if record["verdict"]["verdict"] != "healthy"
         ]
-        judged = sum(result.record(c) is not None for result in row.results.values() for c in CHECKPOINTS)
+        judged = sum(len(result.attacked(c)) for result in row.results.values() for c in CHECKPOINTS)
         batch = {str(line.cell.options.get("batch_size", "")) or NOTHING for line in row.results.values()}
         lines.append(
             [
@@ -319,18 +408,22 @@ def times(group: Group) -> Table:
     """Minutes of training and evaluation."""
     lines = []
     for row in group.rows:
-        spent = [result.seconds for result in row.results.values()]
-        whole = [(s["training"] + s.get("before", 0.0)) / 60 for s in spent]
+        results = list(row.results.values())
+        whole = [(r.seconds["training"] + r.before) / 60 for r in results if r.before is not None]
         lines.append(
             [
                 row.name,
-                mean_and_deviation([s["training"] / 60 for s in spent]),
-                mean_and_deviation(whole) if any("before" in s for s in spent) else NOTHING,
-                mean_and_deviation([s["evaluation"] / 60 for s in spent]),
+                median_and_range([r.seconds["training"] / 60 for r in results]),
+                median_and_range(whole) if any(r.cell.start for r in results) else NOTHING,
+                median_and_range([r.seconds["evaluation"] / 60 for r in results]),
             ]
         )
     header = ["method", "training", "with the network that it started from", "evaluation"]
-    return Table(slug(f"{group.protocol}-{group.name}-times"), f"{group.name}: minutes per cell.", header, lines)
+    caption = (
+        f"{group.name}: minutes per cell, median (lowest to highest) over seeds. Cells may have run on several "
+        "machines and beside others: these are no benchmark."
+    )
+    return Table(slug(f"{group.protocol}-{group.name}-times"), caption, header, lines)
 
 
 def total_time(results: Results) -> str:
@@ -368,9 +461,12 @@ def environments(results: Results) -> Table:
 
 def by_class(group: Group, checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
     """Row -> class -> mean RA over seeds; the rows of ``main``."""
-    attacks, found = group.attacks(checkpoint), {}
+    basis, found = group.bases.get(checkpoint), {}
+    if basis is None:
+        return {}
     for row in group.part("main"):
-        each = [class_accuracies(r, checkpoint, attacks) for r in row.results.values() if r.record(checkpoint)]
+        evaluated = [r for r in row.results.values() if r.record(checkpoint, basis)]
+        each = [class_accuracies(r, checkpoint, basis) for r in evaluated]
         if each:
             found[row.name] = {name: float(np.mean([one[name] for one in each])) for name in each[0]}
     return found
@@ -391,7 +487,7 @@ def per_run(results: Results) -> tuple[list[str], list[list[Any]]]:
     lines: list[list[Any]] = []
     for group, row, result in each_run(results):
         for checkpoint in CHECKPOINTS:
-            for name, value in figures(result, checkpoint, group.attacks(checkpoint)).items():
+            for name, value in figures(result, checkpoint, group.bases.get(checkpoint)).items():
                 lines.append([result.cell.name, *place(group, row), result.cell.seed, checkpoint, name, f"{value:.6g}"])
     return ["cell", *PLACE, "seed", "checkpoint", "figure", "value"], lines
 
@@ -402,7 +498,7 @@ def aggregated(results: Results) -> tuple[list[str], list[list[Any]]]:
     for group in results.groups:
         for row in group.rows:
             for checkpoint in CHECKPOINTS:
-                found = list(of_seeds(row, checkpoint, group.attacks(checkpoint)).values())
+                found = list(of_seeds(row, checkpoint, group.bases.get(checkpoint)).values())
                 for name in dict.fromkeys(name for seed in found for name in seed):
                     s = statistics.summary([seed[name] for seed in found if name in seed])
                     lines.append([*place(group, row), checkpoint, name, f"{s.mean:.6g}", f"{s.deviation:.6g}", s.count])
