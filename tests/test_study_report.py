@@ -218,16 +218,21 @@ def test_a_winner_only_where_the_interval_excludes_zero(found: Results) -> None:
     assert table is not None
     said = {(line[0], line[1]): line for line in table.rows}
     clear = said["D-TRADES (lambda_mean 4) − TRADES (beta 4)", "RA worst"]
-    assert clear[3:5] == ["+13.3", "+9.7 to +16.9"]
-    assert clear[2].startswith("D-TRADES (lambda_mean 4) is 13.3 points above TRADES (beta 4)")
-    assert re.fullmatch(r"\+\d+\.\d to \+\d+\.\d", clear[5])
-    assert clear[5] != clear[4]  # other test points would give others
+    assert clear[2:4] == ["+13.3", "+9.7 to +16.9"]
+    assert re.fullmatch(r"\+\d+\.\d to \+\d+\.\d", clear[4])
+    assert clear[4] != clear[3]  # other test points would give others
+    assert clear[-1] == "D-TRADES (lambda_mean 4)"
     unclear = said["D-TRADES (lambda_mean 1) − PGD-AT", "RA worst"]
-    assert unclear[4] == "-12.4 to +12.4"
-    assert unclear[2].startswith("not resolved: D-TRADES (lambda_mean 1) minus PGD-AT +0.0 points")
+    assert unclear[3] == "-12.4 to +12.4"
+    assert unclear[-1] == "not resolved"
     same = said["D-TRADES (lambda_mean 4) − TRADES (beta 4)", "NA"]
-    assert same[3:6] == ["+0.0", "+0.0 to +0.0", "+0.0 to +0.0"]
-    assert "not resolved" in same[2]
+    assert same[2:5] == ["+0.0", "+0.0 to +0.0", "+0.0 to +0.0"]
+    assert same[-1] == "not resolved"
+    lines = tables.comparison_lines(group, "dtrades", "last")
+    assert len(lines) == len(table.rows)
+    start = "resnet18 on mnist5k, last epoch, RA worst: "
+    assert any(x.startswith(f"{start}D-TRADES (lambda_mean 4) is 13.3 points above TRADES (beta 4)") for x in lines)
+    assert any(x.startswith(f"{start}not resolved: D-TRADES (lambda_mean 1) minus PGD-AT +0.0 points") for x in lines)
     assert ("D-TRADES (lambda_mean 4) − D-TRADES (entropy only)", "NA") in said  # the ablation
 
 
@@ -312,7 +317,7 @@ def test_all_other_figures_are_compared_too(found: Results) -> None:
     assert drop[2:4] == ["-13.3", "-16.9 to -9.7"]
     assert re.fullmatch(r"-\d+\.\d to -\d+\.\d", drop[4])
     (norm,) = [row for row in headlines.rows if row[:2] == [pair, "APN Linf"]]
-    assert re.fullmatch(r"[+-]0\.\d+ to [+-]0\.\d+", norm[5])  # over images, too
+    assert re.fullmatch(r"[+-]0\.\d+ to [+-]0\.\d+", norm[4])  # over images, too
 
 
 # ---- what is not alike is not mixed ----------------------------------------------------------------------------------
@@ -503,7 +508,7 @@ def test_the_page_needs_nothing_else(report: Path) -> None:
     for image in page.all("img"):
         assert str(image["src"]).startswith("data:image/png;base64,")
         assert len(str(image["alt"])) > 20
-    assert len(page.all("img")) == 5  # trade-off, training, lambda, classes, radii
+    assert len(page.all("img")) == 6  # trade-off of both epochs, training, lambda, classes, radii
     assert not page.all("script")
     assert all(str(link["href"]).startswith("data:") for link in page.all("link"))
     assert "url(" not in text

@@ -68,9 +68,8 @@ def main(argv: Sequence[str], prog: str) -> int:
     write_files(output, f"Study {study.name}", content, results)
     console = Console()
     for group in results.groups:
-        if (table := tables.comparison(group, study.compare, options.compare_at)) is not None:
-            for line in tables.comparison_lines(group, table):
-                console.print(line, soft_wrap=True, highlight=False, markup=False)
+        for line in tables.comparison_lines(group, study.compare, options.compare_at):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
     for name in ("index.html", "results.md", "results.csv", "summary.csv", "tables/*.tex", "figures/*.png"):
         console.print(str(output / name), soft_wrap=True, highlight=False, markup=False)
     return 0
@@ -120,7 +119,7 @@ def blocks(results: Results, options: Options) -> Iterator[Block]:
     chapters: dict[str, Callable[[Group], Iterable[Block]]] = {
         "Accuracy and robustness": accuracy,
         "Comparisons": lambda group: comparison(group, compare, at),
-        "Trade-off": lambda group: trade_off(group, compare, at),
+        "Trade-off": lambda group: trade_offs(group, compare, at),
         "Training": training,
         "Classes, radii, images": lambda group: closer(group, at, options),
         "Gradient masking": lambda group: [tables.masked_gradients(group)],
@@ -177,21 +176,36 @@ def accuracy(group: Group) -> Iterator[Block]:
 
 
 def comparison(group: Group, compare: str, at: Checkpoint) -> Iterator[Block]:
-    if (table := tables.comparison(group, compare, at)) is not None:
-        yield table
-        if (rest := tables.comparison(group, compare, at, headlines=False)) is not None:
-            yield Details(f"Paired differences of all other figures: {group.name}", [rest])
-    else:
+    if (table := tables.comparison(group, compare, at)) is None:
         yield Text.of(f"{group.name}: nothing to compare yet.")
+        return
+    yield table
+    if lines := tables.comparison_lines(group, compare, at):
+        yield Details(f"The same in words: {group.name}", [Text(tuple(lines))])
+    if (rest := tables.comparison(group, compare, at, headlines=False)) is not None:
+        yield Details(f"Paired differences of all other figures: {group.name}", [rest])
+    other = other_than(at)
+    if (table := tables.comparison(group, compare, other)) is not None:
+        yield Details(f"The same of the {other} epoch: {group.name}", [table])
+
+
+def other_than(checkpoint: Checkpoint) -> Checkpoint:
+    return "best" if checkpoint == "last" else "last"
+
+
+def trade_offs(group: Group, compare: str, at: Checkpoint) -> Iterator[Block]:
+    shown = list(trade_off(group, compare, at))
+    yield from shown or [Text.of(f"{group.name}: nothing was evaluated yet.")]
+    if rest := list(trade_off(group, compare, other_than(at))):
+        yield Details(f"Trade-off of the {other_than(at)} epoch: {group.name}", rest)
 
 
 def trade_off(group: Group, compare: str, at: Checkpoint) -> Iterator[Block]:
-    table = tables.trade_offs(group, at)
-    if table is None:
-        yield Text.of(f"{group.name}: nothing was evaluated yet.")
+    """Nothing if no network was evaluated there."""
+    if (table := tables.trade_offs(group, at)) is None:
         return
     yield Picture(
-        slug(f"{group.protocol}-{group.name}-trade-off"),
+        slug(f"{group.protocol}-{group.name}-trade-off-{at}"),
         figures.trade_off(group, at),
         f"{group.name}, {at} epoch: means over seeds with their standard deviations. Numbers beside points are the "
         "settings; the grey line is the Pareto front of the means.",

@@ -27,6 +27,7 @@ __all__ = [
     "in_common",
     "paired",
     "pareto",
+    "resolved",
     "summary",
     "verdict",
 ]
@@ -201,6 +202,11 @@ def bootstrap(
     return Interval(float(per_point.mean()), float(low), float(high))
 
 
+def resolved(found: Paired, points: Interval | None) -> bool:
+    """Whether a winner may be named: both intervals exclude zero, that over points if there is one."""
+    return found.resolved and (points is None or points.resolved)
+
+
 def verdict(
     found: Paired, name: str, other: str, unit: str = "points", decimals: int = 1, points: Interval | None = None
 ) -> str:
@@ -217,7 +223,7 @@ def verdict(
     while found.mean and not round(found.mean, decimals):
         decimals += 1
     seeds = f"{found.count} seeds{' in common' if found.dropped else ''}"
-    if found.resolved and (points is None or points.resolved):
+    if resolved(found, points):
         (above, below), sign = ((name, other), 1) if found.mean > 0 else ((other, name), -1)
         low, high = sorted((sign * found.low, sign * found.high))
         interval = f"95 % interval {low:+.{decimals}f} to {high:+.{decimals}f}, {seeds}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -146,62 +147,101 @@ def pairs(group: Group, compare: str) -> Iterator[tuple[str, Row, Row]]:
                 yield from ((part, first, row) for first in mine)
 
 
-def comparison(group: Group, compare: str, checkpoint: Checkpoint, *, headlines: bool = True) -> Table | None:
-    """Paired differences with intervals over seeds and over points; None if there is nothing to compare.
+@dataclass(frozen=True)
+class Difference:
+    """One figure of two rows on the same seeds.
+
+    Attributes:
+        ours, theirs: rows.
+        name: of the figure.
+        over_seeds: ``ours - theirs``, for other trainings.
+        over_points: the same for other test images; None of a figure that is no mean over images.
+    """
+
+    ours: Row
+    theirs: Row
+    name: str
+    over_seeds: statistics.Paired
+    over_points: statistics.Interval | None
+
+    @property
+    def winner(self) -> str:
+        """The row with the higher value, where both intervals exclude zero."""
+        if not statistics.resolved(self.over_seeds, self.over_points):
+            return "not resolved"
+        return (self.ours if self.over_seeds.mean > 0 else self.theirs).name
+
+    @property
+    def in_words(self) -> str:
+        unit, decimals = HEADLINES.get(self.name, ""), UNITS.get(self.name, 1)
+        said = statistics.verdict(
+            self.over_seeds, self.ours.name, self.theirs.name, unit, decimals, points=self.over_points
+        )
+        return f"{heading(self.name)}: {said}"
+
+
+def differences(group: Group, compare: str, checkpoint: Checkpoint, *, headlines: bool = True) -> list[Difference]:
+    """Of all pairs that are to be compared.
 
     Args:
         group: of rows.
         compare: the method that is compared with the others.
         checkpoint: whose weights.
-        headlines: of what matters most, in words, too, where the group decides; else of all other figures.
+        headlines: of what matters most; else of all other figures.
     """
-    basis, lines, in_words = group.bases.get(checkpoint), [], headlines and group.protocol == "common"
+    basis, found = group.bases.get(checkpoint), []
     for _, ours, theirs in pairs(group, compare):
         a, b = (of_seeds(row, checkpoint, basis) for row in (ours, theirs))
-        names = dict.fromkeys(name for side in (a, b) for found in side.values() for name in found)
-        for name in names:
-            x, y = ({seed: found[name] for seed, found in side.items() if name in found} for side in (a, b))
-            if (name in HEADLINES) != headlines or name in NOT_COMPARED or not set(x) & set(y):
-                continue
-            found, drawn = statistics.paired(x, y), over_points(ours, theirs, checkpoint, basis, name)
-            decimals, unit = UNITS.get(name, 1), HEADLINES.get(name, "")
-            said = statistics.verdict(found, ours.name, theirs.name, unit, decimals, drawn)
-            lines.append(
-                [
-                    f"{ours.name} − {theirs.name}",
-                    heading(name),
-                    *([said] if in_words else []),
-                    f"{found.mean:+.{decimals}f}",
-                    interval(found, decimals),
-                    NOTHING if drawn is None else interval(drawn, decimals),
-                    str(found.count),
-                    str(found.needed_for_power or NOTHING),
-                ]
-            )
-    if not lines:
+        for name in dict.fromkeys(name for side in (a, b) for seed in side.values() for name in seed):
+            x, y = ({seed: values[name] for seed, values in side.items() if name in values} for side in (a, b))
+            if (name in HEADLINES) == headlines and name not in NOT_COMPARED and set(x) & set(y):
+                drawn = over_points(ours, theirs, checkpoint, basis, name)
+                found.append(Difference(ours, theirs, name, statistics.paired(x, y), drawn))
+    return found
+
+
+def comparison(group: Group, compare: str, checkpoint: Checkpoint, *, headlines: bool = True) -> Table | None:
+    """:func:`differences` as a table, with the winners where the group decides; None if there are none."""
+    found = differences(group, compare, checkpoint, headlines=headlines)
+    if not found:
         return None
-    words = ["in words"] if in_words else []
-    header = [
-        "pair",
-        "of",
-        *words,
-        "difference",
-        "95 % over seeds",
-        "95 % over images",
-        "seeds",
-        "seeds for 80 % power",
-    ]
+    decides = headlines and group.protocol == "common"
+    lines = []
+    for each in found:
+        decimals = UNITS.get(each.name, 1)
+        lines.append(
+            [
+                f"{each.ours.name} − {each.theirs.name}",
+                heading(each.name),
+                f"{each.over_seeds.mean:+.{decimals}f}",
+                interval(each.over_seeds, decimals),
+                NOTHING if each.over_points is None else interval(each.over_points, decimals),
+                str(each.over_seeds.count),
+                str(each.over_seeds.needed_for_power or NOTHING),
+                *([each.winner] if decides else []),
+            ]
+        )
+    header = ["pair", "of", "difference", "95 % over seeds", "95 % over images", "seeds", "seeds for 80 % power"]
     caption = (
         f"{group.name}, {checkpoint} epoch: paired differences on the same seeds. Over seeds: Student's t, for other "
         "trainings; over images: bootstrap, for other test images of these networks. The intervals are not corrected "
         "for their number."
     )
-    if in_words:
-        caption += " A winner is named only where both intervals exclude zero."
+    if decides:
+        header.append("higher")
+        caption += " What is higher is named only where both intervals exclude zero."
     elif headlines:
         caption += f" The {group.protocol} conditions differ between methods: they name no winner."
     rest = "" if headlines else "-of-the-rest"
     return Table(slug(f"{group.protocol}-{group.name}-comparison-{checkpoint}{rest}"), caption, header, lines)
+
+
+def comparison_lines(group: Group, compare: str, checkpoint: Checkpoint) -> list[str]:
+    """The headlines in words; none where the group names no winners."""
+    if group.protocol != "common":
+        return []
+    found = differences(group, compare, checkpoint)
+    return [f"{group.name}, {checkpoint} epoch, {each.in_words}" for each in found]
 
 
 #: Figures that are no result, or the complement of another one.
@@ -247,14 +287,6 @@ def per_point(
         assert natural is not None
         return basis.ids, 100 * (natural & ~standing).astype(float)
     return basis.ids, 100 * standing.astype(float)
-
-
-def comparison_lines(group: Group, table: Table) -> list[str]:
-    """The comparison in words, for a terminal; none where it names no winners."""
-    if "in words" not in table.header:
-        return []
-    words = list(table.header).index("in words")
-    return [f"{group.name}, {row[1]}: {row[words]}" for row in table.rows]
 
 
 # ---- trade-offs ------------------------------------------------------------------------------------------------------
