@@ -19,7 +19,7 @@ import tiny_run
 
 from dtrades_fast import cli
 from dtrades_fast.study import cell as cells
-from dtrades_fast.study import figures, results, tables
+from dtrades_fast.study import comparisons, figures, results, tables
 from dtrades_fast.study.blocks import Table, latex, markdown
 from dtrades_fast.study.cell import Machine
 from dtrades_fast.study.grid import Cell, Study, read
@@ -228,7 +228,7 @@ def test_a_winner_only_where_the_interval_excludes_zero(found: Results) -> None:
     same = said["D-TRADES (lambda_mean 4) − TRADES (beta 4)", "NA"]
     assert same[2:5] == ["+0.0", "+0.0 to +0.0", "+0.0 to +0.0"]
     assert same[-1] == "not resolved"
-    lines = tables.comparison_lines(group, "dtrades", "last")
+    lines = comparisons.in_words(group, "dtrades", "last")
     assert len(lines) == len(table.rows)
     start = "resnet18 on mnist5k, last epoch, RA worst: "
     assert any(x.startswith(f"{start}D-TRADES (lambda_mean 4) is 13.3 points above TRADES (beta 4)") for x in lines)
@@ -238,7 +238,7 @@ def test_a_winner_only_where_the_interval_excludes_zero(found: Results) -> None:
 
 def test_settings_of_a_method_make_a_front(found: Results) -> None:
     (group,) = found.groups
-    fronts = tables.fronts(group, "last")
+    fronts = comparisons.fronts(group, "last")
     assert {method: [row.setting for row in rows] for method, rows in fronts.items()} == {
         "at": [""],
         "trades": ["beta 1", "beta 4"],
@@ -254,7 +254,7 @@ def test_settings_of_a_method_make_a_front(found: Results) -> None:
         == f"{np.mean(area):.1f} ± {np.std(area, ddof=1):.1f}"
     )
     assert cell_of(table, "PGD-AT", "area under the method's front") == "–"
-    area, equal = tables.front_comparison(group, "dtrades", "last")
+    area, equal = comparisons.front_comparison(group, "dtrades", "last")
     start = "resnet18 on mnist5k, last epoch, the front of D-TRADES against that of TRADES, "
     assert area.startswith(f"{start}area under it: ")
     ranges = "80.0 to 85.0, 82.5 to 87.5, 85.0 to 90.0 %, by seed"

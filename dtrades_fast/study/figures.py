@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dtrades_fast.plot.figures import DASHES, WIDTH, filled_grid, looks, series, styled
 from dtrades_fast.plot.robustness import robust_accuracy_curve
-from dtrades_fast.study import statistics, tables
+from dtrades_fast.study import comparisons, statistics, tables
 from dtrades_fast.study.results import NAMES, Checkpoint, Group, Row
 
 LEGEND: Literal["outside upper center"] = "outside upper center"
@@ -39,9 +39,11 @@ def trade_off(group: Group, checkpoint: Checkpoint) -> Figure:
     basis, look = group.bases.get(checkpoint), look_of(group)
     figure = Figure((WIDTH, 4.6), layout="constrained")
     ax = figure.subplots()
-    for (method, rows), dashes in zip(tables.fronts(group, checkpoint).items(), itertools.cycle(DASHES), strict=False):
+    for (method, rows), dashes in zip(
+        comparisons.fronts(group, checkpoint).items(), itertools.cycle(DASHES), strict=False
+    ):
         colour, marker = look[method]
-        found = [np.array(list(tables.points(row, checkpoint, basis).values())) for row in rows]
+        found = [np.array(list(comparisons.points(row, checkpoint, basis).values())) for row in rows]
         mean = np.array([each.mean(0) for each in found])
         spread = np.array([each.std(0, ddof=1) if len(each) > 1 else np.zeros(2) for each in found])
         order = mean[:, 0].argsort()
@@ -61,7 +63,7 @@ def trade_off(group: Group, checkpoint: Checkpoint) -> Figure:
             for row, (na, ra) in zip(rows, mean, strict=True):
                 short = row.setting.split()[-1] if row.setting else "default"
                 ax.annotate(short, (na, ra), (4, 4), textcoords="offset points", fontsize=7, color=colour)
-    draw_front(ax, list(tables.mean_points(group, checkpoint).values()))
+    draw_front(ax, list(comparisons.mean_points(group, checkpoint).values()))
     ax.set(xlabel="natural accuracy NA (%)", ylabel="robust accuracy RA, all attacks (%)")
     figure.legend(loc=LEGEND, ncols=6, frameon=False)
     return figure

@@ -16,7 +16,7 @@ from dtrades_fast.config import option
 from dtrades_fast.evaluation.evaluate import load_run
 from dtrades_fast.plot import figures as pictures_of_runs
 from dtrades_fast.plot.samples import measure
-from dtrades_fast.study import figures, tables
+from dtrades_fast.study import comparisons, figures, tables
 from dtrades_fast.study.blocks import (
     Block,
     Details,
@@ -68,7 +68,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     write_files(output, f"Study {study.name}", content, results)
     console = Console()
     for group in results.groups:
-        for line in tables.comparison_lines(group, study.compare, options.compare_at):
+        for line in comparisons.in_words(group, study.compare, options.compare_at):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
     for name in ("index.html", "results.md", "results.csv", "summary.csv", "tables/*.tex", "figures/*.png"):
         console.print(str(output / name), soft_wrap=True, highlight=False, markup=False)
@@ -180,7 +180,7 @@ def comparison(group: Group, compare: str, at: Checkpoint) -> Iterator[Block]:
         yield Text.of(f"{group.name}: nothing to compare yet.")
         return
     yield table
-    if lines := tables.comparison_lines(group, compare, at):
+    if lines := comparisons.in_words(group, compare, at):
         yield Details(f"The same in words: {group.name}", [Text(tuple(lines))])
     if (rest := tables.comparison(group, compare, at, headlines=False)) is not None:
         yield Details(f"Paired differences of all other figures: {group.name}", [rest])
@@ -210,10 +210,10 @@ def trade_off(group: Group, compare: str, at: Checkpoint) -> Iterator[Block]:
         f"{group.name}, {at} epoch: means over seeds with their standard deviations. Numbers beside points are the "
         "settings; the grey line is the Pareto front of the means.",
         "Clean against robust accuracy: "
-        + "; ".join(f"{name} {na:.1f} and {ra:.1f} %" for name, (na, ra) in tables.mean_points(group, at).items()),
+        + "; ".join(f"{name} {na:.1f} and {ra:.1f} %" for name, (na, ra) in comparisons.mean_points(group, at).items()),
     )
     yield table
-    if lines := tables.front_comparison(group, compare, at):
+    if lines := comparisons.front_comparison(group, compare, at):
         yield Text(tuple(lines)) if len(lines) > 1 else Text.of(lines[0])
 
 
