@@ -26,6 +26,7 @@ __all__ = [
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 ROOT = Path(dtrades_fast.__file__).parent.parent
+SOURCES = ("dtrades_fast", "csrc", "setup.py", "pyproject.toml")  #: that decide what is computed
 
 
 def device(name: str) -> str:
@@ -110,15 +111,22 @@ def memory_gib() -> float | None:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that the package is run from, with ``-dirty`` for local changes; None elsewhere."""
+    """Commit of the checkout that the package is run from; None elsewhere.
+
+    ``-dirty`` follows where what is run differs from it: the package, its kernels or what builds them.
+    """
     if not (ROOT / ".git").exists():
         return None
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", *SOURCES)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return f"{commit}-dirty" if changes else commit
+
+
+def _git(*words: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
 def versions() -> dict[str, str | None]:

@@ -19,12 +19,12 @@ import tiny_run
 
 from dtrades_fast import cli
 from dtrades_fast.study import cell as cells
-from dtrades_fast.study import comparisons, figures, results, tables
+from dtrades_fast.study import comparisons, figures, fronts, results, tables
 from dtrades_fast.study.blocks import Table, latex, markdown
 from dtrades_fast.study.cell import Machine
 from dtrades_fast.study.grid import Cell, Study, read
 from dtrades_fast.study.report import progress
-from dtrades_fast.study.results import Results, load
+from dtrades_fast.study.results import Checkpoint, Group, Results, load
 
 POINTS, CLASSES = 40, 4
 FILE = """
@@ -80,6 +80,8 @@ def evaluation(cell: Cell, checkpoint: str) -> dict[str, Any]:
             "pgd20": {"ra": ra / POINTS, "correct": flags(ra)},
         },
         "minimum_norm": {},
+        "transfer": {},
+        "commit": "0123456789abcdef-dirty",
         "verdict": {"verdict": "masked" if masked else "healthy", "reasons": ["too good"] if masked else []},
     }
 
@@ -163,13 +165,18 @@ def cell_of(table: Table, row: str, column: str) -> str:
     return line[list(table.header).index(column)]
 
 
+def accuracies(group: Group, part: str, checkpoint: Checkpoint) -> Table | None:
+    """Under the usual conditions."""
+    return tables.accuracies(group, part, checkpoint, group.bases[checkpoint])
+
+
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def test_means_and_deviations_are_those_of_the_seeds(found: Results) -> None:
     (group,) = found.groups
     assert group.bases["last"].attacks == ("fgsm", "pgd20")
-    table = tables.accuracies(group, "main", "last")
+    table = accuracies(group, "main", "last")
     assert table is not None
     shares = {
         name: [100 * value / POINTS for value in values]
@@ -194,9 +201,9 @@ def test_means_and_deviations_are_those_of_the_seeds(found: Results) -> None:
         "TRADES (beta 4)",
         "D-TRADES (lambda_mean 1)",
         "D-TRADES (lambda_mean 4)",
-        "FAAL",
+        "FAAL †",
     ]
-    ablation = tables.accuracies(group, "ablation", "best")
+    ablation = accuracies(group, "ablation", "best")
     assert ablation is not None
     assert [line[0] for line in ablation.rows] == ["D-TRADES (entropy only)"]
 
@@ -226,7 +233,7 @@ def test_a_winner_only_where_the_interval_excludes_zero(found: Results) -> None:
     assert unclear[3] == "-12.4 to +12.4"
     assert unclear[-1] == "not resolved"
     same = said["D-TRADES (lambda_mean 4) − TRADES (beta 4)", "NA"]
-    assert same[2:5] == ["+0.0", "+0.0 to +0.0", "+0.0 to +0.0"]
+    assert same[2:5] == ["+0.0", "the same on each seed", "+0.0 to +0.0"]
     assert same[-1] == "not resolved"
     lines = comparisons.in_words(group, "dtrades", "last")
     assert len(lines) == len(table.rows)
@@ -238,8 +245,8 @@ def test_a_winner_only_where_the_interval_excludes_zero(found: Results) -> None:
 
 def test_settings_of_a_method_make_a_front(found: Results) -> None:
     (group,) = found.groups
-    fronts = comparisons.fronts(group, "last")
-    assert {method: [row.setting for row in rows] for method, rows in fronts.items()} == {
+    by_method = fronts.fronts(group, "last")
+    assert {method: [row.setting for row in rows] for method, rows in by_method.items()} == {
         "at": [""],
         "trades": ["beta 1", "beta 4"],
         "dtrades": ["lambda_mean 1", "lambda_mean 4"],  # not what has a label
@@ -254,11 +261,13 @@ def test_settings_of_a_method_make_a_front(found: Results) -> None:
         == f"{np.mean(area):.1f} ± {np.std(area, ddof=1):.1f}"
     )
     assert cell_of(table, "PGD-AT", "area under the method's front") == "–"
-    area, equal = comparisons.front_comparison(group, "dtrades", "last")
-    start = "resnet18 on mnist5k, last epoch, the front of D-TRADES against that of TRADES, "
-    assert area.startswith(f"{start}area under it: ")
+    area, equal, weight = fronts.front_comparison(group, "dtrades", "last")
+    start = "resnet18 on mnist5k, last epoch, the settings of D-TRADES against those of TRADES, "
+    assert area.startswith(f"{start}area under their front: ")
     ranges = "80.0 to 85.0, 82.5 to 87.5, 85.0 to 90.0 %, by seed"
     assert equal.startswith(f"{start}RA worst at equal NA ({ranges}): D-TRADES is 6.2 points above")
+    # every D-TRADES run had a weight beyond TRADES' 1 to 4, but those of seed 0 and of one setting
+    assert weight.startswith(f"{start}RA worst at the same mean weight over training: ")
 
 
 def test_time_before_counts(found: Results) -> None:
@@ -272,7 +281,8 @@ def test_masking_is_reported_with_its_reasons(found: Results) -> None:
     assert cell_of(table, "FAAL", "runs with an alarm") == "3 of 3"
     assert cell_of(table, "FAAL", "% of steps") == "50.0"
     assert cell_of(table, "FAAL", "healthy evaluations") == "4 of 6"
-    assert cell_of(table, "FAAL", "others") == "masked (seed 2, last): too good; masked (seed 2, best): too good"
+    assert cell_of(table, "FAAL", "others") == "seed 2, last, masked: too good; seed 2, best, masked: too good"
+    assert cell_of(table, "FAAL", "PGD − RA worst, largest") == "2.5"  # a point that fgsm alone breaks
     assert cell_of(table, "PGD-AT", "others") == "–"
 
 
@@ -299,7 +309,7 @@ def test_what_an_attack_has_broken_is_broken_at_its_radius(found: Results) -> No
         na, ra = 32 + seed, 12 + seed
         norms = [0.1 + 0.01 * i for i in range(POINTS - 1)] + [1.0]
         expected.append(np.mean([min(v, 0.3) if i == 0 or ra <= i < na else v for i, v in enumerate(norms)]))
-    table = tables.accuracies(found.groups[0], "main", "last")
+    table = accuracies(found.groups[0], "main", "last")
     assert table is not None
     deviation = np.std(expected, ddof=1)
     assert cell_of(table, "TRADES (beta 4)", "APN Linf") == f"{np.mean(expected):.3f} ± {deviation:.3f}"
@@ -355,17 +365,92 @@ def test_points_and_radii_are_not_mixed(study: Study, runs: Path, found: Results
     (group,) = changed(study, runs, tmp_path / "runs", change).groups
     assert group.bases == found.groups[0].bases
     for part in group.parts:
-        now, before = (tables.accuracies(each, part, "last") for each in (group, found.groups[0]))
-        assert now is not None
-        assert before is not None
-        for column in (name for name in before.header if not name.startswith("APN")):
-            assert [cell_of(now, row[0], column) for row in now.rows] == [
-                cell_of(before, row[0], column) for row in before.rows
-            ]
-    left_out = group.left_out("last")
-    assert "TRADES (beta 4), seed 0: square at linf 0.3 on 20 test images" in left_out
-    assert "TRADES (beta 4), seed 0: pgd20 at linf 0.1 on 40 test images" in left_out
-    assert len(left_out) == 2 * len({cell.name for cell in study.cells if cell.seed == 0})
+        assert accuracies(group, part, "last") == accuracies(found.groups[0], part, "last")
+    shown = [tables.accuracies(group, "main", "last", basis, i) for i, basis in enumerate(group.other_bases("last"), 1)]
+    assert {table.caption.split(": ")[0] for table in shown if table is not None} == {
+        "resnet18 on mnist5k, main, last epoch, Linf 0.3, 20 test images",
+        "resnet18 on mnist5k, main, last epoch, Linf 0.1, 40 test images",
+    }
+    for table in shown:
+        assert table is not None
+        assert {row[-1] for row in table.rows} == {"1"}
+    assert len({table.name for table in shown if table is not None}) == 2
+
+
+def test_attacks_of_some_runs_stand_beside_what_the_same_runs_had(study: Study, runs: Path, tmp_path: Path) -> None:
+    def change(cell: Cell, folder: Path) -> None:
+        kept = json.loads((folder / "eval.json").read_text())
+        if cell.seed == 0 and cell.method == "trades":
+            kept["evaluations"][1]["attacks"]["square"] = {"ra": 0.1, "correct": flags(4)}
+            (folder / "eval.json").write_text(json.dumps(kept))
+
+    (group,) = changed(study, runs, tmp_path / "runs", change).groups
+    basis = group.bases["last"]
+    assert basis.attacks == ("fgsm", "pgd20")
+    usual, other = accuracies(group, "main", "last"), tables.other_attacks(group, "last", basis)
+    assert usual is not None
+    assert "RA square" not in usual.header
+    assert other is not None
+    assert [row for row in other.rows if row[0] == "TRADES (beta 4)"] == [
+        ["TRADES (beta 4)", "square", "10.0", "27.5", "1"]  # not the mean over all seeds
+    ]
+    assert tables.other_attacks(group, "best", group.bases["best"]) is None
+
+
+def test_transfer_is_reported(study: Study, runs: Path, tmp_path: Path) -> None:
+    entry = {"sources": ["another", "a twin"], "relations": [["labels"], ["queries"]], "ra": [[0.5], [0.25]]}
+
+    def change(cell: Cell, folder: Path) -> None:
+        if cell.seed == 0 and cell.method == "at":
+            add_records(folder, {**of_attack(cell, "square", points=20), "transfer": {"pgd20": entry}})
+
+    made = changed(study, runs, tmp_path / "runs", change)
+    table = tables.transfers(made.groups[0], "last")
+    assert table is not None
+    assert table.rows == [
+        ["PGD-AT", "0", "another", "labels", "pgd20", "50.0"],
+        ["PGD-AT", "0", "a twin", "queries", "pgd20", "25.0"],
+    ]
+    assert tables.transfers(made.groups[0], "best") is None
+
+
+def test_what_looks_masked_is_marked_wherever_it_counts(found: Results) -> None:
+    (group,) = found.groups
+    table = accuracies(group, "main", "last")
+    assert table is not None
+    assert [row[0] for row in table.rows if "†" in row[0]] == ["FAAL †"]
+    assert table.caption.endswith("† gradients of some seed look masked.")
+    assert cell_of(table, "TRADES (beta 4)", "RA worst by seed") == "27.5, 30.0, 32.5"
+    trade_off = tables.trade_offs(group, "last")
+    assert trade_off is not None
+    assert [row[0] for row in trade_off.rows if "†" in row[0]] == ["FAAL †"]
+
+
+def test_the_worst_class_has_an_interval_over_images(found: Results) -> None:
+    """Which class is the worst changes with the points: of 12 that stand, any four classes may lose some."""
+    (group,) = found.groups
+    differences = comparisons.differences(group, "dtrades", "last")
+    pair = ("D-TRADES (lambda_mean 4)", "TRADES (beta 4)")
+    (one,) = [d for d in differences if d.name == "worst class" and (d.ours.name, d.theirs.name) == pair]
+    assert one.over_points is not None
+    assert one.over_points.mean == pytest.approx(one.over_seeds.mean)
+    assert one.over_points.low < one.over_points.mean < one.over_points.high
+
+
+def test_runs_of_different_length_are_drawn(study: Study, runs: Path, tmp_path: Path) -> None:
+    """And fine-tuning begins where the network that it started from ended."""
+
+    def change(cell: Cell, folder: Path) -> None:
+        if cell.seed == 0:
+            lines = [json.dumps(epoch_line(cell, epoch)) for epoch in (1, 2, 3)]
+            (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+    (group,) = changed(study, runs, tmp_path / "runs", change).groups
+    ax = figures.training(group).axes[0]
+    drawn = {str(line.get_label()): np.asarray(line.get_xdata()).tolist() for line in ax.lines}
+    assert drawn["PGD-AT"] == [1, 2]
+    assert drawn["FAAL"] == [3, 4]
+    figures.weights(figures.with_lambda(group))
 
 
 def test_no_worst_case_without_an_attack_in_common(study: Study, runs: Path, tmp_path: Path) -> None:
@@ -375,7 +460,7 @@ def test_no_worst_case_without_an_attack_in_common(study: Study, runs: Path, tmp
         (folder / "eval.json").write_text(json.dumps(kept))
 
     (group,) = changed(study, runs, tmp_path / "runs", change).groups
-    table = tables.accuracies(group, "main", "last")
+    table = accuracies(group, "main", "last")
     assert table is not None
     assert table.header == ["method", "NA", "RA pgd0", "RA pgd1", "RA pgd2", "seeds"]
     assert "RA worst" not in table.caption

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy import stats
 
 from dtrades_fast.study import statistics
@@ -14,11 +15,14 @@ from dtrades_fast.study.statistics import (
     area_under_front,
     at_equal,
     bootstrap,
+    difference_at_weight,
     difference_of_fronts,
     harmonic,
     in_common,
     paired,
     pareto,
+    resampled,
+    rounded,
     summary,
     verdict,
 )
@@ -148,13 +152,16 @@ def test_what_the_bootstrap_refuses() -> None:
 def test_no_winner_where_the_interval_contains_zero() -> None:
     clear = paired(seeded([50.0, 51.0, 50.5]), seeded([47.0, 48.2, 47.4]))
     said = f"A is 3.0 points above B (95 % interval +{clear.low:.1f} to +{clear.high:.1f}, 3 seeds)"
-    assert verdict(clear, "A", "B") == said
+    assert verdict(clear, "A", "B", points=Interval(3, 1, 5)) == said
     flipped = paired(seeded([47.0, 48.2, 47.4]), seeded([50.0, 51.0, 50.5]))
-    assert verdict(flipped, "B", "A") == said
+    assert verdict(flipped, "B", "A", points=Interval(-3, -5, -1)) == said
+    unknown = verdict(clear, "A", "B")
+    assert unknown.startswith("not resolved: A minus B +3.0 points (95 % interval +")
+    assert unknown.endswith("; nothing is known of other test images)")
     open_question = paired(seeded([50.0, 53.0, 47.0]), seeded([49.0, 49.0, 49.5]))
     said = verdict(open_question, "A", "B")
     assert said.startswith("not resolved: A minus B +0.8 points (95 % interval -")
-    assert f"about {open_question.needed_for_power} seeds for a power of 80 %" in said
+    assert f"about {rounded(open_question.needed_for_power)} seeds for a power of 80 %" in said  # type: ignore[arg-type]
     assert verdict(paired({0: 3.0}, {0: 1.0}), "A", "B") == "not resolved: A minus B +2.0 points, one seed"
     assert verdict(paired({0: 3.0}, {0: 1.0, 1: 2.0}), "A", "B").endswith(", one seed in common")
     assert "there is no difference to resolve" in verdict(paired(seeded([1, 0]), seeded([0, 1])), "A", "B")
@@ -172,7 +179,8 @@ def test_no_winner_where_other_test_images_might_not_agree() -> None:
 
 def test_a_difference_is_not_rounded_to_nothing() -> None:
     found = paired(seeded([0.0101, 0.0102, 0.0103]), seeded([0.0, 0.0, 0.0]))
-    assert verdict(found, "A", "B", "", 1).startswith("A is 0.01 above B (95 % interval +0.01 to +0.01")
+    said = verdict(found, "A", "B", "", 1, Interval(0.01, 0.005, 0.015))
+    assert said.startswith("A is 0.01 above B (95 % interval +0.01 to +0.01")
 
 
 # ---- trade-offs ------------------------------------------------------------------------------------------------------
@@ -202,14 +210,48 @@ def test_the_area_is_the_share_that_chance_hits() -> None:
 def test_fronts_are_compared_at_equal_clean_accuracy() -> None:
     front = [(90.0, 10.0), (80.0, 40.0), (60.0, 50.0), (70.0, 20.0)]  # the last one is exceeded
     assert at_equal(front, [60, 70, 85, 90]).tolist() == [50, 45, 25, 10]
-    assert np.isnan(at_equal(front, [59, 91])).all()
+    assert at_equal(front, 59) == 50  # its lowest point has more clean accuracy than that
+    assert np.isnan(at_equal(front, 91))
     shifted = [(na, ra + 3) for na, ra in front]
     assert difference_of_fronts(shifted, front) == pytest.approx(3)
     assert difference_of_fronts(front, shifted) == pytest.approx(-3)
     assert difference_of_fronts([(20.0, 20.0)], front) is None
-    assert difference_of_fronts([(70.0, 20.0)], front) is None  # one clean accuracy makes no range
+    assert difference_of_fronts([(70.0, 20.0)], front) == 20 - 45  # at the one clean accuracy
     assert in_common([(95.0, 0.0), (65.0, 40.0)], front) == (65, 90)
+    dominant = [(98.0, 80.0), (97.0, 70.0)]  # one setting exceeds the other
+    assert difference_of_fronts(dominant, [(98.0, 40.0), (97.0, 60.0)]) == pytest.approx(80 - 50)
     lower = difference_of_fronts([(95.0, 0.0), (65.0, 40.0)], front)
     na = np.linspace(65, 90, 20_001)
     expected = (np.interp(na, [65, 95], [40, 0]) - np.interp(na, [60, 80, 90], [50, 40, 10])).mean()
     assert lower == pytest.approx(expected, abs=0.05)
+
+
+def test_settings_are_compared_at_equal_weight() -> None:
+    theirs = [(1.0, 30.0), (4.0, 50.0), (16.0, 60.0)]
+    assert difference_at_weight([(2.0, 45.0), (8.0, 50.0)], theirs) == pytest.approx(((45 - 40) + (50 - 55)) / 2)
+    assert difference_at_weight([(2.0, 45.0), (20.0, 99.0)], theirs) == pytest.approx(5)  # 20 is beyond theirs
+    assert difference_at_weight([(0.5, 45.0)], theirs) is None
+
+
+# ---- any statistic of test points ------------------------------------------------------------------------------------
+
+
+def test_resampling_a_mean_is_the_bootstrap() -> None:
+    values = np.random.default_rng(1).random(100)
+    found = resampled(lambda weights: float(values @ weights), 100, resamples=10_000)
+    expected = bootstrap(values, np.zeros(100))
+    assert found.mean == pytest.approx(expected.mean)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.003)
+
+
+def test_draws_without_the_statistic_are_left_out() -> None:
+    def value(weights: NDArray[np.float64]) -> float | None:
+        return 1.0 if weights[0] > 0 else None
+
+    assert resampled(value, 3) == Interval(1, 1, 1)
+    with pytest.raises(ValueError, match="does not exist"):
+        resampled(lambda weights: None, 3)
+
+
+def test_counts_are_said_as_orders_of_magnitude() -> None:
+    assert [rounded(n) for n in (2, 9, 10, 14, 15, 16, 219, 1015)] == [2, 9, 10, 10, 20, 20, 200, 1000]

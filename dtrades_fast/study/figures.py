@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dtrades_fast.plot.figures import DASHES, WIDTH, filled_grid, looks, series, styled
 from dtrades_fast.plot.robustness import robust_accuracy_curve
-from dtrades_fast.study import comparisons, statistics, tables
+from dtrades_fast.study import fronts, statistics, tables
 from dtrades_fast.study.results import NAMES, Checkpoint, Group, Row
 
 LEGEND: Literal["outside upper center"] = "outside upper center"
@@ -39,11 +39,9 @@ def trade_off(group: Group, checkpoint: Checkpoint) -> Figure:
     basis, look = group.bases.get(checkpoint), look_of(group)
     figure = Figure((WIDTH, 4.6), layout="constrained")
     ax = figure.subplots()
-    for (method, rows), dashes in zip(
-        comparisons.fronts(group, checkpoint).items(), itertools.cycle(DASHES), strict=False
-    ):
+    for (method, rows), dashes in zip(fronts.fronts(group, checkpoint).items(), itertools.cycle(DASHES), strict=False):
         colour, marker = look[method]
-        found = [np.array(list(comparisons.points(row, checkpoint, basis).values())) for row in rows]
+        found = [np.array(list(fronts.points(row, checkpoint, basis).values())) for row in rows]
         mean = np.array([each.mean(0) for each in found])
         spread = np.array([each.std(0, ddof=1) if len(each) > 1 else np.zeros(2) for each in found])
         order = mean[:, 0].argsort()
@@ -63,7 +61,7 @@ def trade_off(group: Group, checkpoint: Checkpoint) -> Figure:
             for row, (na, ra) in zip(rows, mean, strict=True):
                 short = row.setting.split()[-1] if row.setting else "default"
                 ax.annotate(short, (na, ra), (4, 4), textcoords="offset points", fontsize=7, color=colour)
-    draw_front(ax, list(comparisons.mean_points(group, checkpoint).values()))
+    draw_front(ax, list(fronts.mean_points(group, checkpoint).values()))
     ax.set(xlabel="natural accuracy NA (%)", ylabel="robust accuracy RA, all attacks (%)")
     figure.legend(loc=LEGEND, ncols=6, frameon=False)
     return figure
@@ -87,7 +85,7 @@ def training(group: Group) -> Figure:
         for row, dashes in zip(group.part("main"), itertools.cycle(DASHES), strict=False):
             colour, marker = look[row.method]
             values = by_epoch(row, path) * (100 if path[0] == "validation" else 1)
-            epochs = np.arange(1, values.shape[1] + 1)
+            epochs = epochs_before(row) + np.arange(1, values.shape[1] + 1)
             every = max(1, len(epochs) // 10)
             name = row.name if ax is figure.axes[0] else None
             ax.plot(epochs, values.mean(0), dashes, color=colour, marker=marker, markevery=every, label=name)
@@ -99,8 +97,15 @@ def training(group: Group) -> Figure:
 
 
 def by_epoch(row: Row, path: Sequence[str]) -> NDArray[np.float64]:
-    """[seeds, epochs]."""
-    return np.array([series(result.lines, path) for result in row.results.values()])
+    """[seeds, epochs], as many epochs as all seeds have."""
+    found = [series(result.lines, path) for result in row.results.values()]
+    shortest = min(map(len, found))
+    return np.array([values[:shortest] for values in found])
+
+
+def epochs_before(row: Row) -> int:
+    """Of the networks that its runs started from."""
+    return max(result.epochs_before for result in row.results.values())
 
 
 def with_lambda(group: Group) -> list[Row]:
@@ -141,7 +146,8 @@ def histograms(row: Row) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         found = [line["monitor"]["lambda"]["histogram"] for line in result.lines]
         edges = np.array(found[0]["edges"])
         counts.append([np.array(h["correct"]) + np.array(h["wrong"]) for h in found])
-    total = np.array(counts, dtype=float).sum(0)  # [epochs, bins]
+    shortest = min(map(len, counts))
+    total = np.array([each[:shortest] for each in counts], dtype=float).sum(0)  # [epochs, bins]
     shares = 100 * total / total.sum(1, keepdims=True)
     beyond = (shares.shape[1] - (len(edges) - 1)) // 2
     return edges, shares[:, beyond : shares.shape[1] - beyond].T if beyond else shares.T
@@ -179,15 +185,16 @@ def against_epsilon(group: Group, checkpoint: Checkpoint) -> Figure | None:
     """Robust accuracy by radius, from the smallest perturbations in Linf of all seeds; the rows of ``main``."""
     norms: dict[str, NDArray[np.float64]] = {}
     cap = 0.0
+    if (basis := group.bases.get(checkpoint)) is None:
+        return None
     for row in group.part("main"):
-        found = [entry for result in row.results.values() if (entry := result.norms(checkpoint, "linf"))]
+        found = [entry for result in row.results.values() if (entry := result.norms(checkpoint, "linf", basis))]
         if found:
             cap = max(cap, *(entry.cap for entry in found))
             norms[row.name] = np.concatenate([entry.values for entry in found])
     if not norms:
         return None
-    basis = group.bases.get(checkpoint)
-    epsilon = basis.epsilon if basis is not None and basis.norm == "linf" else None
+    epsilon = basis.epsilon if basis.norm == "linf" else None
     largest = max(float(values[np.isfinite(values)].max(initial=0.0)) for values in norms.values())
     shown = min(cap, 1.05 * max(largest, epsilon or 0.0)) or cap
     values = {name: torch.from_numpy(found) for name, found in norms.items()}

@@ -16,7 +16,7 @@ from dtrades_fast.config import option
 from dtrades_fast.evaluation.evaluate import load_run
 from dtrades_fast.plot import figures as pictures_of_runs
 from dtrades_fast.plot.samples import measure
-from dtrades_fast.study import comparisons, figures, tables
+from dtrades_fast.study import comparisons, figures, fronts, tables
 from dtrades_fast.study.blocks import (
     Block,
     Details,
@@ -168,11 +168,18 @@ def accuracy(group: Group) -> Iterator[Block]:
     for part in group.parts:
         if part != "main":
             yield Heading(f"{group.name}: {part}", 4)
-        for checkpoint in CHECKPOINTS:
-            if (table := tables.accuracies(group, part, checkpoint)) is not None:
+        for checkpoint, basis in group.bases.items():
+            if (table := tables.accuracies(group, part, checkpoint, basis)) is not None:
                 yield table
-    if others := [f"{line} ({checkpoint} epoch)" for checkpoint in CHECKPOINTS for line in group.left_out(checkpoint)]:
-        yield Details(f"Evaluated otherwise, and not shown: {group.name}", [Text(tuple(others))])
+    for checkpoint, basis in group.bases.items():
+        if (table := tables.other_attacks(group, checkpoint, basis)) is not None:
+            yield table
+        for number, other in enumerate(group.other_bases(checkpoint), 1):
+            found = (tables.accuracies(group, part, checkpoint, other, number) for part in group.parts)
+            yield from (table for table in found if table is not None)
+    for checkpoint in CHECKPOINTS:
+        if (table := tables.transfers(group, checkpoint)) is not None:
+            yield table
 
 
 def comparison(group: Group, compare: str, at: Checkpoint) -> Iterator[Block]:
@@ -210,10 +217,10 @@ def trade_off(group: Group, compare: str, at: Checkpoint) -> Iterator[Block]:
         f"{group.name}, {at} epoch: means over seeds with their standard deviations. Numbers beside points are the "
         "settings; the grey line is the Pareto front of the means.",
         "Clean against robust accuracy: "
-        + "; ".join(f"{name} {na:.1f} and {ra:.1f} %" for name, (na, ra) in comparisons.mean_points(group, at).items()),
+        + "; ".join(f"{name} {na:.1f} and {ra:.1f} %" for name, (na, ra) in fronts.mean_points(group, at).items()),
     )
     yield table
-    if lines := comparisons.front_comparison(group, compare, at):
+    if lines := fronts.front_comparison(group, compare, at):
         yield Text(tuple(lines)) if len(lines) > 1 else Text.of(lines[0])
 
 
@@ -256,7 +263,8 @@ def closer(group: Group, at: Checkpoint, options: Options) -> Iterator[Block]:
             slug(f"{group.protocol}-{group.name}-epsilon"),
             figure,
             f"{group.name}, {at} epoch: robust accuracy by radius, from the smallest perturbation found of each point, "
-            "all seeds together. The dotted line is the radius of training.",
+            "all seeds together: an upper bound. The dotted line is the radius of training, at which stronger attacks "
+            "than the search's were made: hence the step.",
             f"Robust accuracy against epsilon of {', '.join(row.name for row in group.part('main'))}",
         )
     if options.gallery:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,8 @@ NAMES = {
     "faal": "FAAL",
 }
 NORMS = {"linf": "Linf", "l2": "L2"}
-Conditions = tuple[float, str, tuple[int, ...]]  #: radius in pixel units, norm, test points
+Ids = tuple[int, ...]  #: of test points
+Conditions = tuple[float, str, Ids]  #: radius in pixel units, norm, test points
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,15 @@ class Basis:
         norm: ``"linf"`` or ``"l2"``.
         ids: of the test points.
         attacks: that all runs of the group were attacked by, over which the worst case is taken.
+        norms: ``"linf"`` or ``"l2"`` -> the points on which smallest perturbations are compared, and the largest norm
+            that was looked for; without those that nobody looked for.
     """
 
     epsilon: float
     norm: str
-    ids: tuple[int, ...]
+    ids: Ids
     attacks: tuple[str, ...]
+    norms: Mapping[str, tuple[Ids, float]] = field(default_factory=dict)
 
     @property
     def conditions(self) -> Conditions:
@@ -72,7 +76,7 @@ class Norms:
     """
 
     values: NDArray[np.float64]
-    ids: tuple[int, ...]
+    ids: Ids
     cap: float
 
     @property
@@ -91,6 +95,7 @@ class Result:
         seconds: of training and of evaluation.
         ended: when, UTC; None if that is not known.
         before: seconds of the trainings that it started from; 0 without, None if one of them is not at its end.
+        epochs_before: of those trainings.
     """
 
     cell: Cell
@@ -98,6 +103,7 @@ class Result:
     seconds: dict[str, float]
     ended: str | None
     before: float | None
+    epochs_before: int = 0
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
@@ -138,26 +144,26 @@ class Result:
             return None
         return np.all([flags(record["correct"]), *(flags(record["attacks"][n]["correct"]) for n in attacks)], axis=0)
 
-    def norms(self, checkpoint: Checkpoint, norm: str) -> Norms | None:
-        """The smallest perturbations that were found, where the most points were looked at.
+    def norms(self, checkpoint: Checkpoint, norm: str, basis: Basis) -> Norms | None:
+        """The smallest perturbations that were found on the points of the basis.
 
-        A point that any attack of an evaluation has broken counts as broken at its radius at the latest: searches for
-        the smallest perturbation take fewer steps at each radius than an attack at one.
+        A point that an attack of the basis has broken counts as broken at its radius at the latest: searches for the
+        smallest perturbation take fewer steps at each radius than an attack at one.
         """
-        found = [r for r in self.records if r["checkpoint"] == checkpoint and norm in r["minimum_norm"]]
-        if not found:
+        record = next((r for r in self.searched(checkpoint, norm) if searching(r, norm) == basis.norms.get(norm)), None)
+        if record is None:
             return None
-        record = max(found, key=lambda r: len(r["ids"]))
-        entry = record["minimum_norm"][norm]
+        entry, ids = record["minimum_norm"][norm], tuple(record["ids"])
         values = np.array([np.inf if value is None else value for value in entry["per_point"]], dtype=float)
-        radius = dict.fromkeys(record["ids"], np.inf)
-        for other in self.attacked(checkpoint):
-            if other["norm"] == norm:
-                stand = np.all([flags(attack["correct"]) for attack in other["attacks"].values()], axis=0)
-                for point in np.array(other["ids"])[flags(other["correct"]) & ~stand]:
-                    if point in radius:
-                        radius[point] = min(radius[point], pixels(other["epsilon"]))
-        return Norms(np.minimum(values, list(radius.values())), tuple(record["ids"]), entry["cap"])
+        natural, standing = (self.standing(checkpoint, basis, attacks) for attacks in ((), basis.attacks))
+        if norm == basis.norm and natural is not None and standing is not None:
+            broken = set(np.array(basis.ids)[natural & ~standing].tolist())
+            values = np.where([point in broken for point in ids], np.minimum(values, basis.epsilon), values)
+        return Norms(values, ids, entry["cap"])
+
+    def searched(self, checkpoint: Checkpoint, norm: str) -> list[dict[str, Any]]:
+        """The evaluations that looked for smallest perturbations."""
+        return [r for r in self.records if r["checkpoint"] == checkpoint and norm in r["minimum_norm"]]
 
 
 def flags(text: str) -> NDArray[np.bool_]:
@@ -170,7 +176,12 @@ def conditions(record: dict[str, Any]) -> Conditions:
     return pixels(record["epsilon"]), record["norm"], tuple(record["ids"])
 
 
-@dataclass(frozen=True)
+def searching(record: dict[str, Any], norm: str) -> tuple[Ids, float]:
+    """Test points and largest norm of a search for smallest perturbations."""
+    return tuple(record["ids"]), record["minimum_norm"][norm]["cap"]
+
+
+@dataclass(frozen=True, eq=False)
 class Row:
     """The runs of a method with one setting, by seed."""
 
@@ -186,7 +197,7 @@ class Row:
         return f"{method} ({self.setting})" if self.setting else method
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """Rows that are compared: one protocol, data set and architecture."""
 
@@ -216,31 +227,26 @@ class Group:
 
         Of several with as many runs, those with the most attacks in common, then the most points.
         """
-        found: dict[Checkpoint, Basis] = {}
-        for checkpoint in CHECKPOINTS:
-            records = [record for row in self.rows for r in row.results.values() for record in r.attacked(checkpoint)]
-            counts = Counter(map(conditions, records))
-            candidates = []
-            for (epsilon, norm, ids), count in counts.items():
-                theirs = [record["attacks"] for record in records if conditions(record) == (epsilon, norm, ids)]
-                common = tuple(name for name in theirs[0] if all(name in attacks for attacks in theirs))
-                candidates.append((count, len(common), len(ids), Basis(epsilon, norm, ids, common)))
-            if candidates:
-                found[checkpoint] = max(candidates, key=lambda candidate: candidate[:3])[-1]
-        return found
+        return {checkpoint: found[0] for checkpoint in CHECKPOINTS if (found := self._conditions(checkpoint))}
 
-    def left_out(self, checkpoint: Checkpoint) -> list[str]:
-        """Evaluations that no table shows, in words, since they are of other points or another radius."""
-        if (basis := self.bases.get(checkpoint)) is None:
-            return []
-        return [
-            f"{row.name}, seed {seed}: {', '.join(record['attacks'])} at {record['norm']} {record['epsilon']} on "
-            f"{len(record['ids'])} test images"
-            for row in self.rows
-            for seed, result in row.results.items()
-            for record in result.attacked(checkpoint)
-            if conditions(record) != basis.conditions
-        ]
+    def other_bases(self, checkpoint: Checkpoint) -> list[Basis]:
+        """Other conditions, under which some of the runs were attacked, too."""
+        return self._conditions(checkpoint)[1:]
+
+    def _conditions(self, checkpoint: Checkpoint) -> list[Basis]:
+        results = [result for row in self.rows for result in row.results.values()]
+        records = [record for result in results for record in result.attacked(checkpoint)]
+        searches = {
+            norm: Counter(searching(r, norm) for result in results for r in result.searched(checkpoint, norm))
+            for norm in NORMS
+        }
+        norms = {norm: max(n, key=lambda key: (n[key], len(key[0]))) for norm, n in searches.items() if n}
+        found = []
+        for (epsilon, norm, ids), count in Counter(map(conditions, records)).items():
+            theirs = [record["attacks"] for record in records if conditions(record) == (epsilon, norm, ids)]
+            common = tuple(name for name in theirs[0] if all(name in attacks for attacks in theirs))
+            found.append((count, len(common), len(ids), Basis(epsilon, norm, ids, common, norms)))
+        return [basis for *_, basis in sorted(found, key=lambda one: one[:3], reverse=True)]
 
 
 @dataclass(frozen=True)
@@ -298,19 +304,23 @@ def load(study: Study, runs_dir: Path) -> Results:
 def _result(study: Study, cell: Cell, runs_dir: Path) -> Result:
     folder = RunFolder(runs_dir / cell.name)
     kept = json.loads(folder.cell.read_text())
-    return Result(cell, folder, dict(kept["seconds"]), kept.get("ended"), _seconds_before(study, cell, runs_dir))
+    seconds, epochs = _before(study, cell, runs_dir)
+    return Result(cell, folder, dict(kept["seconds"]), kept.get("ended"), seconds, epochs)
 
 
-def _seconds_before(study: Study, cell: Cell, runs_dir: Path) -> float | None:
-    """Of the trainings that it started from, one after the other."""
-    total = 0.0
+def _before(study: Study, cell: Cell, runs_dir: Path) -> tuple[float | None, int]:
+    """Seconds and epochs of the trainings that it started from, one after the other."""
+    seconds: float | None = 0.0
+    epochs = 0
     while cell.start is not None:
         cell = study[cell.start]
         lines = RunFolder(runs_dir / cell.name).read_metrics()
         if len(lines) < cell.epochs:
-            return None
-        total += sum(line["seconds"] for line in lines)
-    return total
+            seconds = None
+        if seconds is not None:
+            seconds += sum(line["seconds"] for line in lines)
+        epochs += cell.epochs
+    return seconds, epochs
 
 
 def _row(method: str, setting: str, found: dict[int, Result]) -> Row:
@@ -346,7 +356,7 @@ def figures(result: Result, checkpoint: Checkpoint, basis: Basis | None) -> dict
             }
             found["worst class"] = min(class_accuracies(result, checkpoint, basis).values())
     for norm, name in NORMS.items():
-        if (norms := result.norms(checkpoint, norm)) is not None:
+        if basis is not None and (norms := result.norms(checkpoint, norm, basis)) is not None:
             found[f"APN {name}"] = float(norms.capped.mean())
     weights = [line["train"]["lambda"]["mean"] for line in result.lines if "lambda" in line["train"]]
     if weights:
@@ -367,6 +377,17 @@ def class_accuracies(result: Result, checkpoint: Checkpoint, basis: Basis) -> di
         for i, name in enumerate(record["per_class"])
         if (labels == i).any()
     }
+
+
+def doubts(result: Result, checkpoint: Checkpoint) -> list[str]:
+    """Why evaluations of the checkpoint were not judged healthy."""
+    found = []
+    for record in result.attacked(checkpoint):
+        judged = record["verdict"]
+        if judged["verdict"] != "healthy":
+            why = [r if isinstance(r, str) else str(r.get("text", r)) for r in judged["reasons"]]
+            found.append(f"{judged['verdict']}: {'; '.join(why)}")
+    return found
 
 
 def masking(result: Result) -> tuple[int, int]:

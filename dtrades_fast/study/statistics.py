@@ -22,12 +22,15 @@ __all__ = [
     "area_under_front",
     "at_equal",
     "bootstrap",
+    "difference_at_weight",
     "difference_of_fronts",
     "harmonic",
     "in_common",
     "paired",
     "pareto",
+    "resampled",
     "resolved",
+    "rounded",
     "summary",
     "verdict",
 ]
@@ -202,9 +205,38 @@ def bootstrap(
     return Interval(float(per_point.mean()), float(low), float(high))
 
 
+def resampled(
+    statistic: Callable[[NDArray[np.float64]], float | None],
+    points: int,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES // 5,
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap interval of anything that is computed from test points, as :func:`bootstrap` of means.
+
+    Args:
+        statistic: of the weights of the points, [points], which sum to 1; None if it does not exist for them, which
+            leaves that draw out.
+        points: how many there are.
+        level: of confidence.
+        resamples: how often points are drawn.
+        seed: of the drawing.
+
+    Raises:
+        ValueError: the statistic does not exist for the points as they are.
+    """
+    mean = statistic(np.full(points, 1 / points))
+    if mean is None:
+        raise ValueError("a statistic that does not exist has no interval")
+    drawn = np.random.default_rng(seed).multinomial(points, np.full(points, 1 / points), size=resamples)
+    values = [value for counts in drawn if (value := statistic(counts / points)) is not None]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high))
+
+
 def resolved(found: Paired, points: Interval | None) -> bool:
-    """Whether a winner may be named: both intervals exclude zero, that over points if there is one."""
-    return found.resolved and (points is None or points.resolved)
+    """Whether a winner may be named: both intervals exclude zero."""
+    return found.resolved and points is not None and points.resolved
 
 
 def verdict(
@@ -217,7 +249,7 @@ def verdict(
         name, other: as they are called.
         unit: of the values.
         decimals: that are shown, more if the difference were zero to them.
-        points: the same difference over test points, if that is known.
+        points: the same difference over test points; without it, no winner is named.
     """
     unit = f" {unit}" if unit else ""
     while found.mean and not round(found.mean, decimals):
@@ -234,6 +266,8 @@ def verdict(
     if found.deviation == 0:
         return f"{difference} with each of {seeds}, from which their spread cannot be told"
     interval = f"95 % interval {found.low:+.{decimals}f} to {found.high:+.{decimals}f}, {seeds}"
+    if found.resolved and points is None:
+        return f"{difference} ({interval}; nothing is known of other test images)"
     if found.resolved and points is not None:
         drawn = f"{points.low:+.{decimals}f} to {points.high:+.{decimals}f}"
         return f"{difference} ({interval}; but {drawn} over test images, of which more would be needed)"
@@ -246,7 +280,12 @@ def _needed(found: Paired) -> str:
         return "there is no difference to resolve"
     if found.needed_for_power is None:
         return f"more than {MOST_SEEDS:,} seeds for a power of 80 %, if it is as seen"
-    return f"about {found.needed_for_power} seeds for a power of 80 %, if it is as seen"
+    return f"about {rounded(found.needed_for_power)} seeds for a power of 80 %, if it is as seen"
+
+
+def rounded(count: int) -> int:
+    """To one significant digit from 10 on: what a few seeds tell of the number needed is its order of magnitude."""
+    return count if count < 10 else round(count, 1 - len(str(count)))
 
 
 # ---- trade-offs ------------------------------------------------------------------------------------------------------
@@ -279,9 +318,10 @@ def area_under_front(points: Sequence[Point], scale: float = 100.0) -> float:
 
 
 def at_equal(front: Sequence[Point], na: ArrayLike) -> NDArray[np.float64]:
-    """Robust accuracy of a front at given clean accuracies, linear between its points; NaN where it has none.
+    """The best robust accuracy of a front at clean accuracies of at least ``na``; NaN beyond its highest one.
 
-    Linear interpolation is what a classifier reaches that picks one of two neighbouring networks at random.
+    Linear between its points: what a classifier reaches that picks one of two neighbouring networks at random. Below
+    its lowest clean accuracy it is that of this point, which has more than is asked for.
 
     Args:
         front: points of a method with several settings; those that another one exceeds are left out.
@@ -289,18 +329,18 @@ def at_equal(front: Sequence[Point], na: ArrayLike) -> NDArray[np.float64]:
     """
     kept = sorted({front[i] for i in pareto(front)})
     x, y = (np.array([point[axis] for point in kept]) for axis in (0, 1))
-    return np.interp(np.asarray(na, dtype=float), x, y, left=math.nan, right=math.nan)
+    return np.interp(np.asarray(na, dtype=float), x, y, right=math.nan)
 
 
 def in_common(ours: Sequence[Point], theirs: Sequence[Point]) -> tuple[float, float] | None:
-    """The range of clean accuracies that both fronts have; None without one, or if it is a single accuracy."""
-    ends = [sorted(front[i][0] for i in pareto(front)) for front in (ours, theirs)]
+    """The range of clean accuracies, from that of one setting to that of another, that both have; None without one."""
+    ends = [sorted(na for na, _ in front) for front in (ours, theirs)]
     low, high = max(ends[0][0], ends[1][0]), min(ends[0][-1], ends[1][-1])
-    return (low, high) if low < high else None
+    return (low, high) if low <= high else None
 
 
 def difference_of_fronts(ours: Sequence[Point], theirs: Sequence[Point], steps: int = 200) -> float | None:
-    """Mean difference in robust accuracy at equal clean accuracy, over the clean accuracies that both fronts have.
+    """Mean difference in robust accuracy at equal clean accuracy, over the clean accuracies that both have.
 
     Returns:
         ``ours - theirs``, or None if they have none in common.
@@ -309,3 +349,18 @@ def difference_of_fronts(ours: Sequence[Point], theirs: Sequence[Point], steps: 
         return None
     na = np.linspace(*ends, steps)
     return float((at_equal(ours, na) - at_equal(theirs, na)).mean())
+
+
+def difference_at_weight(ours: Sequence[Point], theirs: Sequence[Point]) -> float | None:
+    """Mean difference in robust accuracy at equal weight of the regularisation, over the weights of ``ours``.
+
+    Args:
+        ours: pairs of weight, above 0, and robust accuracy.
+        theirs: the same; linear in the logarithm of the weight between them.
+
+    Returns:
+        ``ours - theirs`` over those weights of ``ours`` that lie between weights of ``theirs``, or None without any.
+    """
+    (w, ra), (x, y) = (np.array(sorted(curve)).T for curve in (ours, theirs))
+    found = ra - np.interp(np.log(w), np.log(x), y, left=math.nan, right=math.nan)
+    return float(np.nanmean(found)) if np.isfinite(found).any() else None

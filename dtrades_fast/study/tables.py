@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,28 +13,29 @@ from dtrades_fast.study import statistics
 from dtrades_fast.study.blocks import Table, slug
 from dtrades_fast.study.comparisons import (
     DECIMALS,
+    HEADLINES,
     differences,
-    front_by_seed,
-    fronts,
     heading,
-    mean_points,
     of_seeds,
-    points,
 )
+from dtrades_fast.study.fronts import front_by_seed, fronts, points
 from dtrades_fast.study.results import (
     CHECKPOINTS,
+    Basis,
     Checkpoint,
     Group,
     Result,
     Results,
     Row,
     class_accuracies,
+    doubts,
     figures,
     masking,
 )
 from dtrades_fast.training.progress import duration
 
 NOTHING = "–"
+MARK = "†"  #: of a row, some of whose evaluations are not healthy
 
 
 def mean_and_deviation(values: Sequence[float], decimals: int = 1, seeds: int | None = None) -> str:
@@ -53,29 +55,45 @@ def median_and_range(values: Sequence[float]) -> str:
     return middle if len(values) == 1 else f"{middle} ({min(values):.1f} to {max(values):.1f})"
 
 
-def accuracies(group: Group, part: str, checkpoint: Checkpoint) -> Table | None:
-    """Mean and deviation over seeds; None if no run of the part was evaluated at that checkpoint."""
-    basis, rows = group.bases.get(checkpoint), group.part(part)
-    found = {row.name: of_seeds(row, checkpoint, basis) for row in rows}
-    names = [name for row in found.values() for seed in row.values() for name in seed]
-    if basis is None or "NA" not in names:
+def marked(row: Row, checkpoint: Checkpoint) -> str:
+    """Its name, with a mark if an evaluation of one of its runs was not judged healthy."""
+    return f"{row.name} {MARK}" if any(doubts(result, checkpoint) for result in row.results.values()) else row.name
+
+
+def mark_explained(lines: Sequence[Sequence[str]]) -> str:
+    """For a caption, where a row has the mark."""
+    return f" {MARK} gradients of some seed look masked." if any(line[0].endswith(MARK) for line in lines) else ""
+
+
+def accuracies(group: Group, part: str, checkpoint: Checkpoint, basis: Basis, number: int = 0) -> Table | None:
+    """Mean and deviation over seeds; None if no run of the part was evaluated so.
+
+    Args:
+        group: of rows.
+        part: of the group.
+        checkpoint: whose weights.
+        basis: the conditions of evaluation.
+        number: of the conditions; 0 are the usual ones, of which norms and the best epoch's advantage are shown, too.
+    """
+    found = {row: of_seeds(row, checkpoint, basis) for row in group.part(part)}
+    if number:
+        found = {row: {s: f for s, f in seeds.items() if "NA" in f} for row, seeds in found.items()}
+    found = {row: seeds for row, seeds in found.items() if any("NA" in seed for seed in seeds.values())}
+    names = [name for seeds in found.values() for seed in seeds.values() for name in seed]
+    if not found:
         return None
-    attacked = [name for name in dict.fromkeys(names) if name.startswith("RA ") and name != "RA worst"]
-    order = ["NA", *(f"RA {name}" for name in basis.attacks), *attacked]
-    order += ["RA worst", "RD", "ASR all", "ASR correct", "worst class", "APN Linf", "APN L2"]
-    order = [name for name in dict.fromkeys(order) if name in names]
-    lines = []
-    for row in rows:
-        values = {name: [seed[name] for seed in found[row.name].values() if name in seed] for name in order}
-        cells = [mean_and_deviation(values[name], DECIMALS.get(name, 1), len(row.results)) for name in order]
-        overfit = [mean_and_deviation(overfitting(group, row))] if checkpoint == "last" else []
-        lines.append([row.name, *cells, *overfit, str(len(row.results))])
-    header = [
-        "method",
-        *(heading(name) for name in order),
-        *(["best − last RA"] if checkpoint == "last" else []),
-        "seeds",
-    ]
+    attacked = [f"RA {name}" for name in basis.attacks]
+    attacked = attacked or [n for n in dict.fromkeys(names) if n.startswith("RA ") and n != "RA worst"]
+    order = ["NA", *attacked, "RA worst", "RD", "ASR all", "ASR correct", "worst class"]
+    order = [name for name in (*order, *(["APN Linf", "APN L2"] if number == 0 else [])) if name in names]
+    lines, overfit = [], checkpoint == "last" and number == 0
+    for row, seeds in found.items():
+        values = {name: [seed[name] for seed in seeds.values() if name in seed] for name in order}
+        cells = [mean_and_deviation(values[name], DECIMALS.get(name, 1), len(seeds)) for name in order]
+        extra = [mean_and_deviation(overfitting(group, row))] if overfit else []
+        each = ", ".join(f"{value:.1f}" for value in values.get("RA worst", [])) or NOTHING
+        lines.append([marked(row, checkpoint), *cells, *extra, each, str(len(seeds))])
+    header = ["method", *map(heading, order), *(["best − last RA"] if overfit else []), "RA worst by seed", "seeds"]
     used = [i for i, _ in enumerate(header) if any(line[i] != NOTHING for line in lines)]
     caption = (
         f"{group.name}, {part}, {checkpoint} epoch, {basis.words}: mean ± standard deviation over seeds, in % (APN in "
@@ -83,9 +101,48 @@ def accuracies(group: Group, part: str, checkpoint: Checkpoint) -> Table | None:
     )
     if basis.attacks:
         caption += f" RA worst: points that stand under each of {', '.join(basis.attacks)}, which all runs were"
-        caption += " attacked by."
-    name = slug(f"{group.protocol}-{group.name}-{part}-{checkpoint}")
-    return Table(name, caption, [header[i] for i in used], [[line[i] for i in used] for line in lines])
+        caption += " attacked by; an upper bound, which more attacks would lower."
+    name = slug(f"{group.protocol}-{group.name}-{part}-{checkpoint}{f'-{number + 1}' if number else ''}")
+    shown = [[line[i] for i in used] for line in lines]
+    return Table(name, caption + mark_explained(lines), [header[i] for i in used], shown)
+
+
+def other_attacks(group: Group, checkpoint: Checkpoint, basis: Basis) -> Table | None:
+    """Attacks that only some runs were attacked by, beside RA worst of the same runs; None without any."""
+    lines = []
+    for row in group.rows:
+        seeds = of_seeds(row, checkpoint, basis).values()
+        names = dict.fromkeys(name for seed in seeds for name in seed if name.startswith("RA "))
+        for name in (n for n in names if n != "RA worst" and n.removeprefix("RA ") not in basis.attacks):
+            both = [(seed[name], seed["RA worst"]) for seed in seeds if name in seed and "RA worst" in seed]
+            if both:
+                figures_of = [mean_and_deviation(values) for values in zip(*both, strict=True)]
+                lines.append([row.name, name.removeprefix("RA "), *figures_of, str(len(both))])
+    if not lines:
+        return None
+    caption = (
+        f"{group.name}, {checkpoint} epoch, {basis.words}: attacks that only some runs were attacked by, and RA worst "
+        f"({', '.join(basis.attacks)}) of the same runs, in %."
+    )
+    header = ["method", "attack", "RA", "RA worst of the same runs", "runs"]
+    return Table(slug(f"{group.protocol}-{group.name}-other-attacks-{checkpoint}"), caption, header, lines)
+
+
+def transfers(group: Group, checkpoint: Checkpoint) -> Table | None:
+    """Robust accuracy under images made on other networks; None without any."""
+    lines = []
+    for row in group.rows:
+        for seed, result in row.results.items():
+            for record in result.records:
+                for attack, entry in record["transfer"].items() if record["checkpoint"] == checkpoint else ():
+                    for i, source in enumerate(entry["sources"]):
+                        relation, ra = entry["relations"][i][0], entry["ra"][i][0]
+                        lines.append([row.name, str(seed), source, relation, attack, f"{100 * ra:.1f}"])
+    if not lines:
+        return None
+    caption = f"{group.name}, {checkpoint} epoch: RA under images made on other networks, in %."
+    header = ["method", "seed", "made on", "the attacker has", "attack", "RA"]
+    return Table(slug(f"{group.protocol}-{group.name}-transfer-{checkpoint}"), caption, header, lines)
 
 
 def overfitting(group: Group, row: Row) -> list[float]:
@@ -124,14 +181,21 @@ def weights(group: Group) -> Table | None:
 
 
 def comparison(group: Group, compare: str, checkpoint: Checkpoint, *, headlines: bool = True) -> Table | None:
-    """The differences as a table, with the winners where the group decides; None if there are none."""
-    found = differences(group, compare, checkpoint, headlines=headlines)
+    """The differences as a table; None if there are none.
+
+    Args:
+        group: of rows.
+        compare: the method that is compared with the others.
+        checkpoint: whose weights.
+        headlines: of what matters most, with the winners where the group decides; else of all other figures.
+    """
+    found = [d for d in differences(group, compare, checkpoint) if (d.name in HEADLINES) == headlines]
     if not found:
         return None
     decides = headlines and group.protocol == "common"
     lines = []
     for each in found:
-        decimals = DECIMALS.get(each.name, 1)
+        decimals, needed = DECIMALS.get(each.name, 1), each.over_seeds.needed_for_power
         lines.append(
             [
                 f"{each.ours.name} − {each.theirs.name}",
@@ -140,16 +204,22 @@ def comparison(group: Group, compare: str, checkpoint: Checkpoint, *, headlines:
                 interval(each.over_seeds, decimals),
                 NOTHING if each.over_points is None else interval(each.over_points, decimals),
                 str(each.over_seeds.count),
-                str(each.over_seeds.needed_for_power or NOTHING),
+                NOTHING if needed is None else str(statistics.rounded(needed)),
                 *([each.winner] if decides else []),
             ]
         )
     header = ["pair", "of", "difference", "95 % over seeds", "95 % over images", "seeds", "seeds for 80 % power"]
+    several = sum(each.over_seeds.count > 1 for each in found)
     caption = (
         f"{group.name}, {checkpoint} epoch: paired differences on the same seeds. Over seeds: Student's t, for other "
-        "trainings; over images: bootstrap, for other test images of these networks. The intervals are not corrected "
-        "for their number."
+        "trainings; over images: bootstrap, for other test images of these networks. The seeds needed are an order of "
+        "magnitude, if difference and deviation are as seen."
     )
+    if several:
+        caption += (
+            f" The intervals are not corrected for their number: of {several} over seeds, about {several / 20:.0f}"
+        )
+        caption += " would exclude zero by chance if nothing differed."
     if decides:
         header.append("higher")
         caption += " What is higher is named only where both intervals exclude zero."
@@ -162,6 +232,8 @@ def comparison(group: Group, compare: str, checkpoint: Checkpoint, *, headlines:
 def interval(found: statistics.Interval, decimals: int = 1) -> str:
     if np.isinf(found.low):
         return "one seed"
+    if isinstance(found, statistics.Paired) and found.deviation == 0:
+        return "the same on each seed"
     return f"{found.low:+.{decimals}f} to {found.high:+.{decimals}f}"
 
 
@@ -171,32 +243,41 @@ def interval(found: statistics.Interval, decimals: int = 1) -> str:
 def trade_offs(group: Group, checkpoint: Checkpoint) -> Table | None:
     """Harmonic means; areas under the fronts of methods with several settings."""
     basis, lines = group.bases.get(checkpoint), []
-    means = mean_points(group, checkpoint)
-    on_front = {name for i, name in enumerate(means) if i in statistics.pareto(list(means.values()))}
-    for rows in fronts(group, checkpoint).values():
+    by_method = fronts(group, checkpoint)
+    every = {row: points(row, checkpoint, basis) for rows in by_method.values() for row in rows}
+    for rows in by_method.values():
         by_seed = front_by_seed(rows, checkpoint, basis)
         areas = [100 * statistics.area_under_front(front) for front in by_seed.values()] if len(rows) > 1 else []
         for row in rows:
-            found = points(row, checkpoint, basis).values()
+            found = every[row].values()
             harmonics = [statistics.harmonic(na, ra) for na, ra in found]
             lines.append(
                 [
-                    row.name,
+                    marked(row, checkpoint),
                     mean_and_deviation([na for na, _ in found]),
                     mean_and_deviation([ra for _, ra in found]),
                     mean_and_deviation(harmonics),
-                    "yes" if row.name in on_front else "no",
-                    mean_and_deviation(areas),
+                    f"{sum(on_front(row, seed, every) for seed in every[row])} of {len(found)}",
+                    mean_and_deviation(areas) if row is rows[0] else NOTHING,
                 ]
             )
     if not lines:
         return None
-    header = ["method", "NA", "RA worst", "harmonic mean", "on the Pareto front", "area under the method's front"]
+    header = ["method", "NA", "RA worst", "harmonic mean", "on the front, seeds", "area under the method's front"]
     caption = (
-        f"{group.name}, {checkpoint} epoch: trade-off, in %. The front is that of the means of all methods; the area, "
-        "of methods with several settings, is the share of all pairs of accuracies that one of them exceeds."
+        f"{group.name}, {checkpoint} epoch: trade-off, in %. A run is on the front of its seed if no other run exceeds "
+        "it in both accuracies; the area, of methods with several settings and given once, is the share of all pairs "
+        "of accuracies that one of its settings exceeds: it takes the best setting of each seed, which favours methods "
+        "that scatter."
     )
-    return Table(slug(f"{group.protocol}-{group.name}-trade-off-{checkpoint}"), caption, header, lines)
+    name = slug(f"{group.protocol}-{group.name}-trade-off-{checkpoint}")
+    return Table(name, caption + mark_explained(lines), header, lines)
+
+
+def on_front(row: Row, seed: int, every: Mapping[Row, Mapping[int, tuple[float, float]]]) -> bool:
+    """Whether no other run of the seed exceeds it."""
+    here = [row, *(other for other in every if other is not row and seed in every[other])]
+    return 0 in statistics.pareto([every[other][seed] for other in here])
 
 
 # ---- masking, times, configuration -----------------------------------------------------------------------------------
@@ -209,14 +290,14 @@ def masked_gradients(group: Group) -> Table:
         counted = [masking(result) for result in row.results.values()]
         runs = sum(masked > 0 for masked, _ in counted)
         verdicts = [
-            f"{record['verdict']['verdict']} (seed {seed}, {checkpoint}): {'; '.join(reasons(record))}"
+            f"seed {seed}, {checkpoint}, {doubt}"
             for seed, result in row.results.items()
             for checkpoint in CHECKPOINTS
-            for record in result.attacked(checkpoint)
-            if record["verdict"]["verdict"] != "healthy"
+            for doubt in doubts(result, checkpoint)
         ]
         judged = sum(len(result.attacked(c)) for result in row.results.values() for c in CHECKPOINTS)
         batch = {str(line.cell.options.get("batch_size", "")) or NOTHING for line in row.results.values()}
+        gaps = [gap for c in CHECKPOINTS for f in of_seeds(row, c, group.bases.get(c)).values() for gap in flattery(f)]
         lines.append(
             [
                 row.name,
@@ -224,6 +305,7 @@ def masked_gradients(group: Group) -> Table:
                 "/".join(sorted(batch)),
                 f"{runs} of {len(counted)}",
                 f"{100 * sum(m for m, _ in counted) / sum(n for _, n in counted):.1f}",
+                f"{max(gaps):.1f}" if gaps else NOTHING,
                 f"{judged - len(verdicts)} of {judged}",
                 "; ".join(verdicts) or NOTHING,
             ]
@@ -234,18 +316,21 @@ def masked_gradients(group: Group) -> Table:
         "batch size, if given",
         "runs with an alarm",
         "% of steps",
+        "PGD − RA worst, largest",
         "healthy evaluations",
         "others",
     ]
-    caption = f"{group.name}: gradient masking in training, as the monitor saw it, and the verdicts of the evaluations."
+    caption = (
+        f"{group.name}: gradient masking in training, as the monitor saw it, and the verdicts of the evaluations. "
+        "Healthy means that no rule fired, not that few steps tell the truth: by how many points PGD alone was above "
+        "all attacks together, in the worst run and epoch, stands beside it."
+    )
     return Table(slug(f"{group.protocol}-{group.name}-masking"), caption, header, lines)
 
 
-def reasons(record: Mapping[str, Any]) -> list[str]:
-    return [
-        reason if isinstance(reason, str) else str(reason.get("text", reason))
-        for reason in record["verdict"]["reasons"]
-    ]
+def flattery(found: Mapping[str, float]) -> list[float]:
+    """By how many points each PGD was above the worst case."""
+    return [value - found["RA worst"] for name, value in found.items() if name.startswith("RA pgd")]
 
 
 def times(group: Group) -> Table:
@@ -292,15 +377,23 @@ def configuration(results: Results) -> tuple[Table, Table]:
 
 def environments(results: Results) -> Table:
     """Where cells ran, each kind of place once."""
-    counted: dict[tuple[str, ...], int] = {}
+    counted: Counter[tuple[str, ...]] = Counter()
     for result in results.all:
         e = result.environment
         versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
-        place = (str(e["commit"])[:12], e["platform"], str(e["device"]), str(e["backend"]), str(e["threads"]), versions)
-        counted[place] = counted.get(place, 0) + 1
-    rows = [[place[0], str(count), *place[1:]] for place, count in counted.items()]
-    header = ["commit", "cells", "platform", "device", "operators", "threads", "versions"]
+        evaluated = dict.fromkeys(short(record.get("commit")) for record in result.records)
+        where = (e["platform"], str(e["device"]), str(e["backend"]), str(e["threads"]), versions)
+        place = (short(e["commit"]), ", ".join(evaluated), *where)
+        counted[place] += 1
+    rows = [[*place[:2], str(count), *place[2:]] for place, count in counted.items()]
+    header = ["trained at", "evaluated at", "cells", "platform", "device", "operators", "threads", "versions"]
     return Table("environment", "Where the cells ran.", header, rows)
+
+
+def short(commit: str | None) -> str:
+    """A commit in a few digits, with what says that there were local changes."""
+    digits, dash, dirty = str(commit).partition("-")
+    return digits[:10] + dash + dirty
 
 
 def by_class(group: Group, checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
