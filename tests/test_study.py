@@ -155,6 +155,7 @@ def test_weights_that_others_start_from_are_trained_again(
     assert [look(cell, runs).status for cell in (first, second)] == ["done", "done"]
     assert folder.evaluation.read_text() == evaluation
     assert [line["train"] for line in folder.read_metrics()] == [line["train"] for line in metrics]
+    assert "resumed" not in json.loads(folder.env.read_text())  # it began anew
     # Weights of another kind of machine: what was evaluated does not count any more.
     record = json.loads(evaluation)
     for entry in record["evaluations"]:

@@ -437,6 +437,23 @@ def test_the_worst_class_has_an_interval_over_images(found: Results) -> None:
     assert one.over_points.low < one.over_points.mean < one.over_points.high
 
 
+def test_where_cells_ran_is_told_with_their_commits(study: Study, runs: Path, tmp_path: Path) -> None:
+    """Also those of the evaluation, of local changes, and of a run that went on elsewhere."""
+
+    def change(cell: Cell, folder: Path) -> None:
+        if cell.name == study.cells[0].name:
+            env = json.loads((folder / "env.json").read_text())
+            resumed = [{"commit": "fedcba9876543210", "device": "another"}]
+            (folder / "env.json").write_text(json.dumps({**env, "resumed": resumed}))
+
+    table = tables.environments(changed(study, runs, tmp_path / "runs", change))
+    versions = "python 3.12, torch 2.14"
+    assert table.rows == [
+        ["abc, then fedcba9876", "0123456789-dirty", "1", "Linux", "cpu, then another", "C++", "1", versions],
+        ["abc", "0123456789-dirty", str(len(study.cells) - 1), "Linux", "cpu", "C++", "1", versions],
+    ]
+
+
 def test_runs_of_different_length_are_drawn(study: Study, runs: Path, tmp_path: Path) -> None:
     """And fine-tuning begins where the network that it started from ended."""
 

@@ -174,6 +174,7 @@ def reopen(cells: Sequence[Cell], runs_dir: Path) -> list[str]:
             state = _kept(folder)
             if name in by_name and name not in again and state.get("trained") and not folder.best_weights.is_file():
                 folder.last.unlink(missing_ok=True)  # from which training would find itself finished
+                folder.env.unlink(missing_ok=True)  # it begins anew, perhaps elsewhere
                 write_text(folder.cell, json.dumps({**state, "status": "begun", "trained": False}, indent=1) + "\n")
                 again.append(name)
     return again

@@ -379,15 +379,25 @@ def environments(results: Results) -> Table:
     """Where cells ran, each kind of place once."""
     counted: Counter[tuple[str, ...]] = Counter()
     for result in results.all:
-        e = result.environment
-        versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
         evaluated = dict.fromkeys(short(record.get("commit")) for record in result.records)
-        where = (e["platform"], str(e["device"]), str(e["backend"]), str(e["threads"]), versions)
-        place = (short(e["commit"]), ", ".join(evaluated), *where)
+        where = (noted(result.environment, name) for name in ("platform", "device", "backend", "threads", "versions"))
+        place = (noted(result.environment, "commit"), ", ".join(evaluated), *where)
         counted[place] += 1
     rows = [[*place[:2], str(count), *place[2:]] for place, count in counted.items()]
     header = ["trained at", "evaluated at", "cells", "platform", "device", "operators", "threads", "versions"]
     return Table("environment", "Where the cells ran.", header, rows)
+
+
+def noted(environment: Mapping[str, Any], name: str) -> str:
+    """What a run's environment says, one after the other where it went on in another one."""
+    parts = [environment, *(part for part in environment.get("resumed", []) if name in part)]
+    return ", then ".join(dict.fromkeys(in_words(name, part[name]) for part in parts))
+
+
+def in_words(name: str, value: Any) -> str:
+    if name == "versions":
+        return ", ".join(f"{package} {version}" for package, version in value.items())
+    return short(value) if name == "commit" else str(value)
 
 
 def short(commit: str | None) -> str:
