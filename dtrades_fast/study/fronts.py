@@ -50,7 +50,10 @@ def front_by_seed(
 
 
 def front_comparison(group: Group, compare: str, checkpoint: Checkpoint) -> list[str]:
-    """How the front of the method lies to that of each other one that has as many settings, in words."""
+    """How the front of the method lies to that of each other one that has as many settings, in words.
+
+    And how its rows with a label, such as those of an ablation, lie to the other one's settings at their own weight.
+    """
     basis, found = group.bases.get(checkpoint), fronts(group, checkpoint)
     mine, lines = found.pop(compare, []), []
     for rows in found.values():
@@ -66,7 +69,13 @@ def front_comparison(group: Group, compare: str, checkpoint: Checkpoint) -> list
             a, b = ([Curve.of(each, seed, checkpoint, basis) for seed in seeds] for each in (mine, rows))
             said = compare_curves(a, b, differ, seeds, (ours, theirs))
             details = about(a, b)
-            lines.append(f"{where}, {what}{f' ({details})' if details else ''}: {said}.")
+            lines.append(f"{where}, {what}{f' ({details})' if details else ''}: {said or 'none in common'}.")
+        for row in (row for row in group.rows if row.method == compare and row.labelled):
+            common = [seed for seed in seeds if seed in points(row, checkpoint, basis)]
+            a, b = ([Curve.of(each, seed, checkpoint, basis) for seed in common] for each in ([row], rows))
+            if common and (said := compare_curves(a, b, at_equal_weight, common, (row.name, theirs))):
+                where = f"{group.name}, {checkpoint} epoch, {row.name} against the settings of {theirs}"
+                lines.append(f"{where}, {AT_WEIGHT}: {said}.")
     return lines
 
 
@@ -127,17 +136,18 @@ def ranges(ours: Sequence[Curve], theirs: Sequence[Curve]) -> str:
     return ", ".join("none" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}" for ends in found) + " %, by seed"
 
 
+AT_WEIGHT = "RA worst at the same mean weight over training"
 MEASURES: dict[str, tuple[Differ, Callable[[Sequence[Curve], Sequence[Curve]], str]]] = {
     "area under their front": (of_areas, lambda ours, theirs: ""),
     "RA worst at equal NA": (at_equal_accuracy, ranges),
-    "RA worst at the same mean weight over training": (at_equal_weight, lambda ours, theirs: ""),
+    AT_WEIGHT: (at_equal_weight, lambda ours, theirs: ""),
 }
 
 
 def compare_curves(
     ours: Sequence[Curve], theirs: Sequence[Curve], differ: Differ, seeds: Sequence[int], names: tuple[str, str]
-) -> str:
-    """The verdict over seeds and test points; seeds on which there is nothing to compare are counted."""
+) -> str | None:
+    """The verdict over seeds and test points, which says how many seeds it is of; None if there is none to compare."""
 
     def over_seeds(drawn: NDArray[np.float64]) -> dict[int, float]:
         found = {seed: differ(a, b, drawn) for seed, a, b in zip(seeds, ours, theirs, strict=True)}
@@ -150,6 +160,6 @@ def compare_curves(
     count = ours[0].natural.shape[1]
     values = over_seeds(np.full(count, 1 / count))
     if not values:
-        return "they have none in common"
+        return None
     found = statistics.paired(values, dict.fromkeys(seeds, 0.0))
     return statistics.verdict(found, *names, points=statistics.resampled(mean, count))
