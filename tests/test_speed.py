@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dtrades_fast import data, rng
+from dtrades_fast.attacks import PGD
+from dtrades_fast.evaluation import metrics
 from dtrades_fast.models.attack_network import Compiled
 from dtrades_fast.training import schedules
 from dtrades_fast.training.run_folder import RunFolder
@@ -57,7 +60,7 @@ def trainer(images: Path, runs: Path, method: str, *options: str) -> Trainer:
     config = config.resolved(sets.info.epsilon)
     made = Trainer(config, sets, RunFolder(config.folder), Console(quiet=True))
     made.model.to(sets.train.images(slice(1)).dtype)
-    made.attacked = made.validated = made.attack_network(made.model)
+    made.attacked, made.validated = made.attack_networks()
     return made
 
 
@@ -116,6 +119,7 @@ def test_compiled_training_is_the_same(images: Path, tmp_path: Path) -> None:
     torch._dynamo.utils.counters.clear()
     made = trainer(images, tmp_path, "dtrades", "--compile")
     assert made.attacked.how.endswith(", compiled")
+    assert "compiled" not in made.validated.how  # whose batches shrink
     network = made.network(made.model)
     made.train_step(network)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -128,6 +132,22 @@ def test_compiled_training_is_the_same(images: Path, tmp_path: Path) -> None:
     assert len(sizes) == 2
     expected = by_the_textbook(trainer(images, tmp_path, "dtrades"), "dtrades")
     assert largest_difference(state(made.model), expected) < 1e-8
+
+
+@pytest.mark.parametrize("option", ["--no-compile", "--compile"])
+def test_validation_counts_images_that_are_right_all_along(images: Path, tmp_path: Path, option: str) -> None:
+    """As PGD counts them that ends nowhere early: right without an attack and after each number of steps."""
+    made = trainer(images, tmp_path, "at", "--validation-steps", "6", "--epsilon", "0.004", option)
+    by_the_trainer(made)
+    made.sets = replace(made.sets, validation=made.sets.train)  # of more images
+    part, epsilon = made.sets.validation, made.threat.epsilon
+    key, stands = rng.key(made.config.run.seed, "validation"), metrics.correct(made.model, part, None, 0, 8)
+    na = metrics.accuracy(stands)
+    for steps in range(7):
+        attack = PGD(epsilon, steps, step_size=epsilon / 4)
+        stands &= metrics.correct(made.model, part, attack, key, 8)
+    assert made.validate() == (na, metrics.accuracy(stands))
+    assert 0 < metrics.accuracy(stands) < na < 1
 
 
 def test_every_network_of_a_process_is_compiled() -> None:

@@ -36,7 +36,8 @@ def gradients(output: Path, words: list[str]) -> None:
     config = config.resolved(sets.info.epsilon)
     with processes.joined() as rank:
         made = training.Trainer(config, sets, RunFolder(config.folder), Console(quiet=True))
-        made.attacked = made.validated = made.attack_network(made.model.double())
+        made.model.double()
+        made.attacked, made.validated = made.attack_networks()
         network, found = made.network(made.model), []
         for _ in range(len(made.batches)):
             made.train_step(network)

@@ -144,5 +144,5 @@ def _craft(model: nn.Module, config: Config, batch: Batch) -> Tensor:
 
 def _attack_name(config: Config) -> str:
     if config.defense.method == "standard":
-        return f"PGD with {config.attack.validation_steps} steps, as in validation"
+        return f"PGD with {config.attack.validation_steps} steps"
     return f"the attack of {config.defense.method} with {config.attack.steps} steps"

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -171,8 +172,7 @@ class Trainer:
         self.monitor = Monitor(len(sets.info.classes), config.attack.masking_noise, self.device)
         self.tracker = tracking.create(config.run.track, folder.tensorboard)
         self.reading_waits = kind == "cuda"
-        self.attacked = self.attack_network(self.model)
-        self.validated = self.attacked if self.ema is None else self.attack_network(self.ema.module)
+        self.attacked, self.validated = self.attack_networks()
         self.epoch_seconds = 0.0
         self.best: dict[str, float] | None = None  # epoch, na and ra of the best validation
 
@@ -293,18 +293,23 @@ class Trainer:
             warnings.simplefilter("ignore", FutureWarning)
             return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def attack_network(self, model: nn.Module) -> AttackNetwork:
-        """What attacks call: a form of the model, up to date until the model changes."""
+    def attack_networks(self) -> tuple[AttackNetwork, AttackNetwork]:
+        """What the attacks of training and of validation call: forms of the model, up to date until it changes.
+
+        Those of validation go on with fewer and fewer images, for each number of which PyTorch might compile anew, so
+        that its form is not compiled, nor recorded in a CUDA graph.
+        """
         speed, images = self.config.speed, self.sets.train.images(slice(SAMPLE))
-        return AttackNetwork(
-            model,
-            images,
+        form = partial(
+            AttackNetwork,
+            images=images,
             folded=speed.fold_batchnorm,
             channels_last=speed.channels_last,
             precision=self.config.optimization.precision,  # type: ignore[arg-type]  # resolved, no longer auto
-            compiled=speed.compile,
-            graph=Graph() if speed.cuda_graphs else None,
         )
+        fixed = speed.compile or speed.cuda_graphs
+        attacked = form(self.model, compiled=speed.compile, graph=Graph() if speed.cuda_graphs else None)
+        return attacked, form(self.deployed()) if fixed or self.ema is not None else attacked
 
     def threat_at(self, step: int) -> Threat:
         """The attack at a step: epsilon and step size grow within the ramp."""
@@ -413,20 +418,28 @@ class Trainer:
         """The model that is validated and exported: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    def validate(self, limit: int | None = None) -> tuple[float, float]:
-        """NA and RA under PGD (cross-entropy) on the validation split, of its first ``limit`` images if given."""
-        part = self.sets.validation
-        images = part if limit is None else part.subset(torch.arange(min(limit, len(part)), device=self.device))
-        attack = PGD(self.threat.epsilon, self.config.attack.validation_steps, norm=self.threat.norm)
-        key = rng.key(self.config.run.seed, "validation")
-        size = self.config.optimization.batch_size
+    def validate(self) -> tuple[float, float]:
+        """NA and RA under PGD (cross-entropy) on the validation split.
+
+        RA counts what evaluation counts: the images that are right without an attack and at every step of it.
+        """
+        images = self.sets.validation
         mine = images.subset(torch.arange(len(images), device=self.device)[processes.rank() :: processes.count()])
         self.validated.refresh()
-        flags = [
-            metrics.correct(self.deployed(), mine, attacked, key, size, self.validated) for attacked in (None, attack)
-        ]
-        na, ra = (processes.total(torch.stack(flags).sum(1)).double() / len(images)).tolist()
+        natural = self.standing(mine, None)
+        right = mine.subset(natural.nonzero()[:, 0].to(self.device))
+        counts = torch.stack([natural.sum(), self.standing(right, self.validation_attack(stop_early=True)).sum()])
+        na, ra = (processes.total(counts).double() / len(images)).tolist()
         return na, ra
+
+    def validation_attack(self, *, stop_early: bool) -> PGD:
+        options = self.config.attack
+        return PGD(self.threat.epsilon, options.validation_steps, norm=self.threat.norm, stop_early=stop_early)
+
+    def standing(self, images: data.ImageSet, attack: PGD | None) -> Tensor:
+        """Whether the deployed model is right about each image, after the attack if there is one."""
+        key, size = rng.key(self.config.run.seed, "validation"), self.config.optimization.batch_size
+        return metrics.correct(self.deployed(), images, attack, key, size, self.validated)
 
     # State
 
@@ -543,16 +556,20 @@ class Trainer:
             )
 
     def expect(self, per_step: float) -> None:
-        """Say how long it will take, from the seconds per step and one batch of the validation."""
+        """Say how long it will take at most: as the steps, and validation as if no image ever fell."""
         images = len(self.sets.validation)
         batch = min(self.config.optimization.batch_size, images)
         began = time.monotonic()
-        self.validate(batch)
-        validation = (time.monotonic() - began) * images / batch
+        self.validated.refresh()
+        part = self.sets.validation.subset(torch.arange(batch, device=self.device))
+        self.standing(part, self.validation_attack(stop_early=False))
+        self.wait()
+        validation = (time.monotonic() - began) * images / batch / processes.count()
         epochs = self.config.optimization.epochs - self.step // len(self.batches)
         left = per_step * (self.total_steps - self.step) + validation * epochs
         self.progress.print(
-            f"  time       {duration(per_step)} per step, {duration(validation)} per validation: {duration(left)} to go"
+            f"  time       {duration(per_step)} per step, at most {duration(validation)} per validation: "
+            f"{duration(left)} to go"
         )
         if left > LONG_SECONDS and self.device == "cpu":
             self.progress.print(
