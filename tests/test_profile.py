@@ -153,7 +153,7 @@ def test_a_tool_that_injects_itself_gets_nvtx_ranges(data: Path, tmp_path: Path)
             seen.add(" / ".join(stack))
     assert not stack
     assert seen >= {"data", "attack", "forward", "backward", "optimizer", "evaluation"}
-    assert seen >= {"attack / attack step 2 / pgd_step_", "evaluation / attack step 1 / backward"}
+    assert "attack / attack step 2 / pgd_step_" in seen
 
 
 def nvtx_headers() -> list[Path]:

@@ -105,7 +105,8 @@ class Local(Executor):
         jobs: at once; by default one per GPU; on a machine without, as many as have a core and
             :data:`CELL_GIB` of memory each, since a thread per cell gives more cells an hour than threads that wait
             for each other.
-        threads: CPUs of each, to which it is bound; None for an equal share of the cores.
+        threads: CPUs of each; None for an equal share of the cores. It is bound to them if no other job would fit
+            beside these, for bound jobs of two studies could end up on the same CPU while another idles.
         gpus: how many there are; process ``i`` sees GPU ``i`` modulo them.
     """
 
@@ -118,7 +119,7 @@ class Local(Executor):
                 f"--jobs {self.jobs} of --threads {self.threads} need {self.jobs * self.threads} CPUs, "
                 f"this process may use {len(cpus)}: choose fewer"
             )
-        self._cpus = cpus
+        self._cpus = cpus if len(cpus) - self.jobs * self.threads < self.threads else []
         self._slots = set(range(self.jobs))
 
     def start(self, name: str, command: Command, log: Path) -> Job:
