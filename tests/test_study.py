@@ -428,7 +428,10 @@ def test_local_jobs_have_cpus_and_gpus_of_their_own(tmp_path: Path, monkeypatch:
     executor = Local(jobs=2, threads=half, gpus=2)
     jobs = [executor.start(str(i), show, tmp_path / f"{i}.log") for i in range(2)]
     assert [ended(job) for job in jobs] == [0, 0]
-    assert [(tmp_path / f"{i}.log").read_text() for i in range(2)] == [f"{cpus[:half]} 4\n", f"{cpus[half : 2 * half]} 7\n"]
+    assert [(tmp_path / f"{i}.log").read_text() for i in range(2)] == [
+        f"{cpus[:half]} 4\n",
+        f"{cpus[half : 2 * half]} 7\n",
+    ]
     assert ended(executor.start("2", show, tmp_path / "2.log")) == 0  # a place is free again
     assert ended(Local(jobs=1, threads=1, gpus=1).start("3", show, tmp_path / "3.log")) == 0
     assert (tmp_path / "3.log").read_text() == f"{cpus} 4\n"  # another study may run beside it
