@@ -22,6 +22,7 @@ import tyro
 import yaml
 
 from dtrades_fast import defenses, environment, processes
+from dtrades_fast.attacks import PGD
 from dtrades_fast.pixels import pixels
 
 __all__ = [
@@ -287,6 +288,11 @@ class Config:
         assert self.attack.epsilon is not None
         step_size = None if self.attack.step_size is None else pixels(self.attack.step_size, "step_size")
         return defenses.Threat(pixels(self.attack.epsilon), self.attack.steps, step_size, self.attack.norm)
+
+    def validation_attack(self, *, stop_early: bool = False) -> PGD:
+        """What chooses the best epoch. Epsilon must be known, as for :meth:`threat`."""
+        threat = self.threat()
+        return PGD(threat.epsilon, self.attack.validation_steps, norm=threat.norm, stop_early=stop_early)
 
     def make_defense(self) -> defenses.Defense:
         return defenses.create(self.defense.method, self.threat(), **self.method_options)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrades_fast import rng
-from dtrades_fast.attacks import PGD, frozen, input_gradient
+from dtrades_fast.attacks import frozen, input_gradient
 from dtrades_fast.attacks.objectives import KL
 from dtrades_fast.config import Config
 from dtrades_fast.data import ImageSet
@@ -138,8 +138,7 @@ def _measure_batch(run: TrainedRun, images: ImageSet, part: slice, made_of: dict
 def _craft(model: nn.Module, config: Config, batch: Batch) -> Tensor:
     if config.defense.method != "standard":
         return config.make_defense().craft(model, batch).adv
-    attack = PGD(config.threat().epsilon, config.attack.validation_steps, norm=config.attack.norm)
-    return attack(model, batch.images, batch.labels, index=batch.index, key=batch.key)
+    return config.validation_attack()(model, batch.images, batch.labels, index=batch.index, key=batch.key)
 
 
 def _attack_name(config: Config) -> str:

@@ -307,9 +307,10 @@ class Trainer:
             channels_last=speed.channels_last,
             precision=self.config.optimization.precision,  # type: ignore[arg-type]  # resolved, no longer auto
         )
-        fixed = speed.compile or speed.cuda_graphs
         attacked = form(self.model, compiled=speed.compile, graph=Graph() if speed.cuda_graphs else None)
-        return attacked, form(self.deployed()) if fixed or self.ema is not None else attacked
+        if speed.compile or speed.cuda_graphs or self.ema is not None:
+            return attacked, form(self.deployed())
+        return attacked, attacked
 
     def threat_at(self, step: int) -> Threat:
         """The attack at a step: epsilon and step size grow within the ramp."""
@@ -428,13 +429,10 @@ class Trainer:
         self.validated.refresh()
         natural = self.standing(mine, None)
         right = mine.subset(natural.nonzero()[:, 0].to(self.device))
-        counts = torch.stack([natural.sum(), self.standing(right, self.validation_attack(stop_early=True)).sum()])
+        standing = self.standing(right, self.config.validation_attack(stop_early=True))
+        counts = torch.stack([natural.sum(), standing.sum()])
         na, ra = (processes.total(counts).double() / len(images)).tolist()
         return na, ra
-
-    def validation_attack(self, *, stop_early: bool) -> PGD:
-        options = self.config.attack
-        return PGD(self.threat.epsilon, options.validation_steps, norm=self.threat.norm, stop_early=stop_early)
 
     def standing(self, images: data.ImageSet, attack: PGD | None) -> Tensor:
         """Whether the deployed model is right about each image, after the attack if there is one."""
@@ -562,7 +560,7 @@ class Trainer:
         began = time.monotonic()
         self.validated.refresh()
         part = self.sets.validation.subset(torch.arange(batch, device=self.device))
-        self.standing(part, self.validation_attack(stop_early=False))
+        self.standing(part, self.config.validation_attack())
         self.wait()
         validation = (time.monotonic() - began) * images / batch / processes.count()
         epochs = self.config.optimization.epochs - self.step // len(self.batches)
