@@ -120,6 +120,30 @@ def test_a_cell_stops_between_training_and_evaluation(
     assert look(cell, tmp_path).status == "done"
 
 
+def test_an_evaluation_that_is_asked_for_no_more(
+    study: Study, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cell whose evaluation failed is done without it; a study does not wait for it for ever."""
+    runs, file = tmp_path / "runs", study_file(tmp_path, images, FILE + "  - {{attacks: pgd2}}\n")
+    cell, evaluate = read(file).cells[0], cells.evaluate.main
+
+    def broken(words: Sequence[str], prog: str) -> int:
+        if "pgd2" in words:
+            raise RuntimeError("no memory")
+        return evaluate(words, prog)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cells.evaluate, "main", broken)
+        with pytest.raises(RuntimeError, match="no memory"):
+            cells.run(cell, runs, MACHINE)
+    assert look(cell, runs).status == "failed"
+    assert look(study.cells[0], runs).status == "done"
+    capsys.readouterr()
+    less = study_file(tmp_path, images)
+    assert cli.main(["study", str(less), "--runs-dir", str(runs), *WORDS, "--cells", cell.name]) == 0
+    assert "all 1 cells are finished" in capsys.readouterr().out
+
+
 def test_what_is_committed_without_weights_counts_as_done(study: Study, tmp_path: Path, images: Path) -> None:
     """config.yaml, env.json, metrics.jsonl, eval.json and cell.json are enough, unless more is asked for."""
     runs, cell = tmp_path / "runs", study.cells[0]
@@ -192,6 +216,117 @@ def test_other_options_are_another_cell(study: Study, tmp_path: Path, images: Pa
             ValueError, match=r"other options than the study asks for now \(lr: 0.02 here, 0.01 there\)"
         ):
             call()
+
+
+def test_surrogates_without_weights_are_trained_again(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a cell that can begin at once, and with what the surrogate itself starts from."""
+    runs, words = tmp_path / "runs", ["--runs-dir", str(tmp_path / "runs"), *WORDS]
+    only = FILE.replace("seed: [0, 1]", "seed: 0")
+    assert cli.main(["study", str(study_file(tmp_path, images, only)), *words]) == 0
+    trades, faal = (RunFolder(runs / cell.name) for cell in read(tmp_path / "tiny.yaml").cells)
+    for folder in (trades, faal):
+        for path in (folder.last, folder.best, folder.weights, folder.best_weights):
+            path.unlink()
+    more = only.replace("evaluations:", "  - {{method: at}}\nevaluations:") + (
+        "  - {{attacks: fgsm, limit: 9, surrogates: [{{method: faal}}], only: {{method: at}}}}\n"
+    )
+    capsys.readouterr()
+    file = study_file(tmp_path, images, more)
+    assert cli.main(["study", str(file), *words, "--print-commands"]) == 0
+    said = capsys.readouterr()
+    assert said.err.splitlines() == [
+        f"{folder.path.name} is trained again: others need its weights, which are not there" for folder in (faal, trades)
+    ]
+    assert len(said.out.splitlines()) == 3
+    assert trades.env.is_file()  # commands are printed, nothing is begun anew
+    assert cli.main(["study", str(file), *words]) == 0, capsys.readouterr().out
+    assert statuses(read(file), runs) == ["done"] * 3
+    assert faal.best_weights.is_file()
+
+
+def test_two_processes_at_one_cell(study: Study, tmp_path: Path, images: Path) -> None:
+    """The second one leaves everything as it is, and a study that finds it busy waits."""
+    runs, cell = tmp_path / "runs", study.cells[0]
+    folder = RunFolder(runs / cell.name)
+    words = ["study", str(tmp_path / "tiny.yaml"), "--runs-dir", str(runs), *WORDS, "--cells", cell.name]
+    with folder.locked(folder.cell_lock):
+        with pytest.raises(cells.Busy, match="another process"):
+            cells.run(cell, runs, MACHINE)
+        assert not folder.cell.exists()
+        second = python(*words, "--executor", "inline")
+        assert second.wait() == command.BUSY, second.communicate()[0]
+        assert not folder.cell.exists()
+        grid = command.Drive(study, [cell], command.Options(tmp_path / "tiny.yaml", runs), Idle())
+        grid.trained[cell.name] = set()
+        grid._ended(cell, command.BUSY)
+        assert not grid.failed
+    assert cli.main(words) == 0
+    assert look(cell, runs).status == "done"
+
+
+def test_a_sign_of_life_that_cannot_be_written_ends_nothing(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = cells.write_text
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "cell.beat":
+            raise OSError("no space left")
+        write(path, text)
+
+    monkeypatch.setattr(cells, "write_text", full)
+    cells.run(study.cells[0], tmp_path, MACHINE)
+    assert look(study.cells[0], tmp_path).status == "done"
+
+
+def test_torn_and_damaged_metrics(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line that was cut off is written again; damage further up is that cell's failure alone."""
+    monkeypatch.setattr(command, "LOOK_SECONDS", 0.05)
+    file, runs = study_file(tmp_path, images, FILE[: FILE.index("  - {{method: faal")] + "evaluations: []\n"), tmp_path
+    words = [str(file), "--runs-dir", str(runs), *WORDS]
+    first, second = read(file).cells
+    assert cli.main(["study", *words, "--cells", first.name]) == 0
+    folder = RunFolder(runs / first.name)
+    whole = folder.metrics.read_text()
+    folder.metrics.write_text(whole + '{"epoch": ')
+    assert (look(first, runs).status, look(first, runs).epoch) == ("done", 2)
+    folder.metrics.write_text('{"epoch": \n' + whole)
+    assert look(first, runs).status == "failed"
+    capsys.readouterr()
+    assert cli.main(["study", *words]) == 1
+    said = capsys.readouterr().out
+    assert f"failed: {first.name}: {folder.metrics} is damaged" in said
+    assert look(second, runs).status == "done"
+
+
+def test_a_study_that_nothing_can_go_on_with_ends(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cells, "can_go_on", lambda *_: False)
+    grid = command.Drive(study, study.cells, command.Options(tmp_path / "tiny.yaml", tmp_path), Idle())
+    while grid.step():
+        pass
+    first, *_ = grid.failed.values()
+    assert first == "it waits for something that nothing makes"
+    assert sum("which failed" in why for why in grid.failed.values()) == 2
+    assert len(grid.failed) == 4
+
+
+def test_a_failed_evaluation_stops_no_other_cell(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FAAL starts from a TRADES network that is trained, though it could not be evaluated."""
+    monkeypatch.setattr(command, "LOOK_SECONDS", 0.05)
+    file, runs = study_file(tmp_path, images, FILE.replace("seed: [0, 1]", "seed: 0")), tmp_path / "runs"
+    RunFolder(runs / read(file).cells[0].name).evaluation.mkdir(parents=True)  # where a file is to be written
+    assert cli.main(["study", str(file), "--runs-dir", str(runs), *WORDS]) == 1
+    said = capsys.readouterr().out
+    assert "1 of 2 cells failed" in said
+    assert statuses(read(file), runs) == ["failed", "done"]
 
 
 def test_a_failure_is_kept_and_tried_again(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

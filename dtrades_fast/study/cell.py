@@ -9,8 +9,9 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +23,16 @@ from dtrades_fast.training import trainer
 from dtrades_fast.training.checkpoint import write_text
 from dtrades_fast.training.run_folder import RunFolder
 
-__all__ = ["Machine", "State", "can_go_on", "is_trained", "look", "reopen", "run"]
+__all__ = ["Busy", "Machine", "State", "can_go_on", "is_trained", "look", "reopen", "run"]
 
 VERSION = 1  #: of cell.json
 BEAT_SECONDS = 10.0  #: between signs of life
 DEAD_SECONDS = 60.0  #: after the last one
 Status = Literal["waiting", "running", "done", "failed"]
+
+
+class Busy(RuntimeError):
+    """Another process is at the cell."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +75,29 @@ def run(cell: Cell, runs_dir: Path, machine: Machine) -> None:
 
     Raises:
         ValueError: an option that is not possible, or the folder has a cell of other options.
+        Busy: another process is at it.
         Interrupted: a signal came; what is done is saved.
         Exception: whatever training or evaluation raise; ``cell.json`` says so.
     """
     check(cell, runs_dir)
     folder = RunFolder(runs_dir / cell.name)
-    folder.path.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(folder.locked(folder.cell_lock))
+        except RuntimeError as error:
+            raise Busy(str(error)) from error
+        _go_on(cell, runs_dir, folder, machine)
+
+
+def _go_on(cell: Cell, runs_dir: Path, folder: RunFolder, machine: Machine) -> None:
     record = Record(cell, folder)
     try:
         with _beating(folder) as beat:
-            if not record.trained or not folder.best_weights.is_file():
+            if not folder.best_weights.is_file():  # an epoch writes them before last.pt, so that it begins anew
+                folder.last.unlink(missing_ok=True)  # from which training could find itself finished
+                folder.env.unlink(missing_ok=True)  # perhaps elsewhere
+                record.trained = False
+            if not record.trained:
                 beat("training")
                 trainer.train(cell.config(runs_dir, "--resume", *machine.words))
                 record.note_trained()
@@ -135,7 +153,7 @@ class Record:
             "asked": self.cell.asked(),
             "trained": self.trained,
             "evaluated": self.evaluated,
-            "seconds": {"training": _training_seconds(self.folder), "evaluation": self.seconds},
+            "seconds": {"training": _epochs(self.folder).seconds, "evaluation": self.seconds},
             "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()) if status == "done" else None,
             "error": error,
         }
@@ -151,10 +169,9 @@ def evaluation_words(cell: Cell, runs_dir: Path, options: Mapping[str, Any]) -> 
 
 def can_go_on(cell: Cell, runs_dir: Path) -> bool:
     """Whether there is something to do for it that waits for no other cell."""
-    kept = _kept(RunFolder(runs_dir / cell.name))
-    if not kept.get("trained"):
+    if not is_trained(cell.name, runs_dir):
         return cell.start is None or is_trained(cell.start, runs_dir)
-    return _next_evaluation(cell, runs_dir, kept["evaluated"]) is not None
+    return _next_evaluation(cell, runs_dir, _kept(RunFolder(runs_dir / cell.name))["evaluated"]) is not None
 
 
 def reopen(cells: Sequence[Cell], runs_dir: Path) -> list[str]:
@@ -165,19 +182,24 @@ def reopen(cells: Sequence[Cell], runs_dir: Path) -> list[str]:
     Returns:
         Their names.
     """
-    by_name, again = {cell.name: cell for cell in cells}, []
-    for cell in cells:
-        if look(cell, runs_dir).status == "done" or can_go_on(cell, runs_dir):
-            continue
-        for name in cell.needs:
+    by_name, again = {cell.name: cell for cell in cells}, list[str]()
+    todo = [cell for cell in cells if look(cell, runs_dir).status != "done"]
+    while todo:
+        for name in _weights_needed(todo.pop(0), runs_dir):
             folder = RunFolder(runs_dir / name)
             state = _kept(folder)
             if name in by_name and name not in again and state.get("trained") and not folder.best_weights.is_file():
-                folder.last.unlink(missing_ok=True)  # from which training would find itself finished
-                folder.env.unlink(missing_ok=True)  # it begins anew, perhaps elsewhere
                 write_text(folder.cell, json.dumps({**state, "status": "begun", "trained": False}, indent=1) + "\n")
                 again.append(name)
+                todo.append(by_name[name])
     return again
+
+
+def _weights_needed(cell: Cell, runs_dir: Path) -> list[str]:
+    """Names of the cells whose weights it will need to its end."""
+    evaluated = _kept(RunFolder(runs_dir / cell.name)).get("evaluated", ())
+    start = [cell.start] if cell.start is not None and not is_trained(cell.name, runs_dir) else []
+    return [*start, *(name for options in _missing(cell, evaluated) for name in options.get("surrogates", ()))]
 
 
 def _next_evaluation(cell: Cell, runs_dir: Path, evaluated: Sequence[Any]) -> Any:
@@ -194,8 +216,30 @@ def is_trained(name: str, runs_dir: Path) -> bool:
     return bool(_kept(folder).get("trained")) and folder.best_weights.is_file()
 
 
-def _training_seconds(folder: RunFolder) -> float:
-    return float(sum(line["seconds"] for line in folder.read_metrics()))
+@dataclass(frozen=True)
+class _Epochs:
+    """Of ``metrics.jsonl``: how many, their seconds, and NA and RA of validation after the last one."""
+
+    count: int = 0
+    seconds: float = 0.0
+    validation: tuple[float, float] | None = None
+
+
+def _epochs(folder: RunFolder) -> _Epochs:
+    if not folder.metrics.is_file():
+        return _Epochs()
+    status = folder.metrics.stat()
+    return _epochs_read(folder.path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _epochs_read(path: Path, mtime_ns: int, size: int) -> _Epochs:
+    """Read once per state of the file: a study looks at all its cells every few seconds."""
+    lines = RunFolder(path).read_metrics()
+    if not lines:
+        return _Epochs()
+    last = lines[-1]["validation"]
+    return _Epochs(len(lines), float(sum(line["seconds"] for line in lines)), (last["na"], last["ra"]))
 
 
 def look(cell: Cell, runs_dir: Path) -> State:
@@ -207,14 +251,19 @@ def look(cell: Cell, runs_dir: Path) -> State:
     folder = RunFolder(runs_dir / cell.name)
     state = _kept(folder)
     check(cell, runs_dir)
-    lines = folder.read_metrics()
-    about: dict[str, Any] = {"epoch": len(lines), "epochs": cell.epochs, "seconds": _training_seconds(folder)}
-    if lines:
-        last = lines[-1]["validation"]
-        about["validation"] = (last["na"], last["ra"])
+    try:
+        found = _epochs(folder)
+    except RuntimeError as error:  # one damaged cell stops no other
+        return State("failed", str(error), epochs=cell.epochs)
+    about: dict[str, Any] = {
+        "epoch": found.count,
+        "epochs": cell.epochs,
+        "validation": found.validation,
+        "seconds": found.seconds,
+    }
     if (stage := _alive(folder)) is not None:
         return State("running", stage, **about)
-    if state.get("status") == "done" and not _missing(cell, state["evaluated"]):
+    if state.get("trained") and not _missing(cell, state["evaluated"]):
         return State("done", **about)
     if state.get("status") == "failed":
         return State("failed", state["error"], **about)
@@ -274,10 +323,11 @@ def _kept(folder: RunFolder) -> dict[str, Any]:
 @contextmanager
 def _beating(folder: RunFolder) -> Iterator[Any]:
     """A sign of life in the folder while inside; gives a function that says what is done now."""
-    stage, ended = [""], threading.Event()
+    stage, ended, writing = [""], threading.Event(), threading.Lock()
 
     def write() -> None:
-        write_text(folder.beat, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "stage": stage[0]}))
+        with writing, suppress(OSError):  # one that is missed ends nothing
+            write_text(folder.beat, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "stage": stage[0]}))
 
     def keep() -> None:
         while not ended.wait(BEAT_SECONDS):

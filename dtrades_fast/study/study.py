@@ -34,6 +34,7 @@ LOOK_SECONDS = 2.0  #: between looks at the folders
 NO_LIMIT = 1_000_000  #: of jobs under way on a cluster
 FILE_WIDTH = 132  #: characters of the table where the output is not a terminal
 TAIL = 3  #: lines of a failed cell's log that are shown
+BUSY = 75  #: exit status where another process is at a cell: EX_TEMPFAIL of sysexits.h
 MARKS = {
     "waiting": "[dim]waiting[/]",
     "running": "[cyan]running[/]",
@@ -116,7 +117,11 @@ def run_here(unfinished: Sequence[Cell], options: Options) -> int:
     machine = Machine(options.device, options.threads, options.data_root)
     while ready := [cell for cell in unfinished if cells.can_go_on(cell, options.runs)]:
         for cell in ready:
-            cells.run(cell, options.runs, machine)
+            try:
+                cells.run(cell, options.runs, machine)
+            except cells.Busy as error:
+                print(error, file=sys.stderr)
+                return BUSY
     waiting = [cell for cell in unfinished if cells.look(cell, options.runs).status != "done"]
     for cell in waiting:
         print(f"{cell.name} waits for {', '.join(cell.needs)} to be trained; run it again then")
@@ -246,6 +251,8 @@ class Drive:
                 words = command(self.options, cell, threads)
                 self.trained[cell.name] = self._trained_needs(cell)
                 self.jobs[cell.name] = self.executor.start(cell.name, words, self._log(cell))
+        if not self.jobs and not any(state.status == "running" for state in self.states.values()):
+            self._give_up(open_cells)
         return bool(self.jobs or open_cells)
 
     def stop(self) -> None:
@@ -268,7 +275,10 @@ class Drive:
         """Whether it is still to end, here or in a process that somebody else started."""
         if cell.name in self.failed or self.states[cell.name].status == "done":
             return False
-        if lost := [name for name in cell.needs if name in self.failed]:
+        if self.states[cell.name].status == "running" or cells.can_go_on(cell, self.options.runs):
+            return True
+        missing = set(cell.needs) - self._trained_needs(cell)
+        if lost := [name for name in cell.needs if name in missing & set(self.failed)]:
             self.failed[cell.name] = f"it needs {', '.join(lost)}, which failed"
         return not lost
 
@@ -278,10 +288,18 @@ class Drive:
             return False
         return cells.can_go_on(cell, self.options.runs)
 
+    def _give_up(self, stuck: Sequence[Cell]) -> None:
+        """Nothing runs and nothing can be started: say so rather than wait for ever."""
+        for cell in stuck:
+            state, missing = self.states[cell.name], sorted(set(cell.needs) - self._trained_needs(cell))
+            if not set(missing) & set(self.failed):  # else the next look says so
+                why = f"it waits for {', '.join(missing) or 'something'} that nothing makes"
+                self.failed[cell.name] = state.stage if state.status == "failed" else why
+
     def _ended(self, cell: Cell, status: int) -> None:
         """Note that it failed; with status 0, it may have found that it must wait for others' networks."""
         state = cells.look(cell, self.options.runs)
-        if state.status == "done":
+        if state.status == "done" or status == BUSY:
             return
         news = self._trained_needs(cell) - self.trained[cell.name]  # trained while it ran, perhaps after it had looked
         if status == 0 and (news or not cells.can_go_on(cell, self.options.runs)):

@@ -43,9 +43,10 @@ class RunFolder:
         self.evaluation = path / "eval.json"
         self.evaluation_state = path / "eval-state"
         self.tensorboard = path / "tensorboard"
-        self.cell = path / "cell.json"  # of a study, like the next two: what was asked for, and how it ended
+        self.cell = path / "cell.json"  # of a study, like the next three: what was asked for, and how it ended
         self.beat = path / "cell.beat"  # sign of life of the process that works here
         self.log = path / "cell.log"
+        self.cell_lock = path / "cell.lock"
 
     def weights_of(self, epoch: Literal["best", "last"]) -> Path:
         """File of the weights of the best epoch by validation, or of the last one."""
@@ -114,8 +115,11 @@ class RunFolder:
         checkpoint.write_text(self.env, json.dumps(env, indent=2) + "\n")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, lock: Path | None = None) -> Iterator[None]:
         """Only one process may train into the folder; the lock goes with the process, however it ends.
+
+        Args:
+            lock: the file that is locked; by default that of training.
 
         Raises:
             RuntimeError: another process has the lock.
@@ -126,7 +130,7 @@ class RunFolder:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK).open("w") as file:
+        with (lock or self.path / LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -142,12 +146,15 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, none if there is no such file.
 
+        A last line without its end is left out: it is being written, or who wrote it was killed.
+
         Raises:
             RuntimeError: a line is damaged.
         """
-        lines = self.metrics.read_text().splitlines() if self.metrics.is_file() else []
+        text = self.metrics.read_text() if self.metrics.is_file() else ""
+        lines = text.splitlines(keepends=True)
         try:
-            return [json.loads(line) for line in lines]
+            return [json.loads(line) for line in lines if line.endswith("\n")]
         except json.JSONDecodeError as error:
             raise RuntimeError(
                 f"{self.metrics} is damaged ({error}): if it is the last line, --resume writes it again"
