@@ -237,7 +237,8 @@ def test_surrogates_without_weights_are_trained_again(
     assert cli.main(["study", str(file), *words, "--print-commands"]) == 0
     said = capsys.readouterr()
     assert said.err.splitlines() == [
-        f"{folder.path.name} is trained again: others need its weights, which are not there" for folder in (faal, trades)
+        f"{folder.path.name} is trained again: others need its weights, which are not there"
+        for folder in (faal, trades)
     ]
     assert len(said.out.splitlines()) == 3
     assert trades.env.is_file()  # commands are printed, nothing is begun anew
@@ -252,7 +253,7 @@ def test_two_processes_at_one_cell(study: Study, tmp_path: Path, images: Path) -
     folder = RunFolder(runs / cell.name)
     words = ["study", str(tmp_path / "tiny.yaml"), "--runs-dir", str(runs), *WORDS, "--cells", cell.name]
     with folder.locked(folder.cell_lock):
-        with pytest.raises(cells.Busy, match="another process"):
+        with pytest.raises(cells.BusyError, match="another process"):
             cells.run(cell, runs, MACHINE)
         assert not folder.cell.exists()
         second = python(*words, "--executor", "inline")

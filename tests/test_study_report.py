@@ -19,7 +19,7 @@ import tiny_run
 
 from dtrades_fast import cli
 from dtrades_fast.study import cell as cells
-from dtrades_fast.study import comparisons, figures, fronts, results, tables
+from dtrades_fast.study import comparisons, figures, fronts, results, statistics, tables
 from dtrades_fast.study.blocks import Table, latex, markdown
 from dtrades_fast.study.cell import Machine
 from dtrades_fast.study.grid import Cell, Study, read
@@ -243,6 +243,13 @@ def test_a_winner_only_where_the_interval_excludes_zero(found: Results) -> None:
     assert ("D-TRADES (lambda_mean 4) − D-TRADES (entropy only)", "NA") in said  # the ablation
 
 
+def by_weight(ours: list[int], theirs: list[float]) -> str:
+    found = statistics.paired(
+        dict(enumerate(100 / POINTS * np.array(ours))), dict(enumerate(100 / POINTS * np.array(theirs)))
+    )
+    return f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}] at 2.8"
+
+
 def test_settings_of_a_method_make_a_front(found: Results) -> None:
     (group,) = found.groups
     by_method = fronts.fronts(group, "last")
@@ -271,7 +278,10 @@ def test_settings_of_a_method_make_a_front(found: Results) -> None:
     ours = {"one": [7 + 2 * s for s in range(3)], "four": [16 + s + (s == 1) for s in range(3)]}
     both = 100 / POINTS * (np.mean([ours["one"], ours["four"]], axis=0) - theirs).mean()
     at_weight = "RA worst at the same mean weight over training: "
-    assert weight.startswith(f"{start}{at_weight}D-TRADES is {both:.1f} points above TRADES")
+    shown = by_weight(ours["one"], theirs), by_weight(ours["four"], theirs)
+    assert weight.startswith(
+        f"{start}{at_weight[:-2]} (mean over {shown[0]}; {shown[1]}): D-TRADES is {both:.1f} points above TRADES"
+    )
     start = "resnet18 on mnist5k, last epoch, D-TRADES (entropy only) against the settings of TRADES, "
     alone = 100 / POINTS * (np.array(ours["one"]) - theirs).mean()
     assert ablation.startswith(f"{start}{at_weight}TRADES is {-alone:.1f} points above D-TRADES (entropy only)")
@@ -426,11 +436,53 @@ def test_what_looks_masked_is_marked_wherever_it_counts(found: Results) -> None:
     table = accuracies(group, "main", "last")
     assert table is not None
     assert [row[0] for row in table.rows if "†" in row[0]] == ["FAAL †"]
-    assert table.caption.endswith("† gradients of some seed look masked.")
+    assert table.caption.endswith(results.MARK_EXPLAINED)
     assert cell_of(table, "TRADES (beta 4)", "RA worst by seed") == "27.5, 30.0, 32.5"
     trade_off = tables.trade_offs(group, "last")
     assert trade_off is not None
     assert [row[0] for row in trade_off.rows if "†" in row[0]] == ["FAAL †"]
+    compared = tables.comparison(group, "dtrades", "last")
+    assert compared is not None
+    pairs = {row[0] for row in compared.rows if "†" in row[0]}
+    assert pairs == {f"D-TRADES (lambda_mean {mean}) − FAAL †" for mean in (1, 4)}
+    assert compared.caption.endswith(results.MARK_EXPLAINED)
+    lines = [line for line in comparisons.in_words(group, "dtrades", "last") if "FAAL" in line]
+    assert lines
+    assert all("FAAL †" in line for line in lines)
+
+
+def test_an_evaluation_more_of_one_run_takes_nothing_from_the_others(
+    study: Study, runs: Path, found: Results, tmp_path: Path
+) -> None:
+    """Stored by itself, since it was made otherwise; its attack stands beside those that all runs share."""
+
+    def change(cell: Cell, folder: Path) -> None:
+        if cell.seed == 0 and cell.method == "trades":
+            add_records(folder, of_attack(cell, "autoattack"))
+
+    (group,) = changed(study, runs, tmp_path / "runs", change).groups
+    assert group.bases == found.groups[0].bases
+    assert accuracies(group, "main", "last") == accuracies(found.groups[0], "main", "last")
+    other = tables.other_attacks(group, "last", group.bases["last"])
+    assert other is not None
+    assert [row[1:] for row in other.rows if row[0] == "TRADES (beta 4)"] == [["autoattack", "10.0", "27.5", "1"]]
+    assert tables.comparison(group, "dtrades", "last") == tables.comparison(found.groups[0], "dtrades", "last")
+
+
+def test_a_seed_without_the_evaluation_is_left_out(study: Study, runs: Path, tmp_path: Path) -> None:
+    """The first one of them, of other points than the rest."""
+
+    def change(cell: Cell, folder: Path) -> None:
+        if cell.seed == 0:
+            kept = json.loads((folder / "eval.json").read_text())
+            kept["evaluations"] = [of_attack(cell, "pgd20", points=20)]
+            (folder / "eval.json").write_text(json.dumps(kept))
+
+    (group,) = changed(study, runs, tmp_path / "runs", change).groups
+    worst = [d for d in comparisons.differences(group, "dtrades", "last") if d.name == "worst class"]
+    assert worst
+    assert {d.over_seeds.count for d in worst} == {2}
+    assert all(d.over_points is not None for d in worst)
 
 
 def test_the_worst_class_has_an_interval_over_images(found: Results) -> None:
@@ -490,6 +542,7 @@ def test_no_worst_case_without_an_attack_in_common(study: Study, runs: Path, tmp
     assert "RA worst" not in table.caption
     assert cell_of(table, "PGD-AT", "RA pgd1") == "10.0 (1 of 3 seeds)"
     assert tables.trade_offs(group, "last") is None
+    assert tables.by_class(group, "last") == {}  # which would be that of clean images
 
 
 def test_time_before_needs_the_whole_training_before(study: Study, runs: Path, tmp_path: Path) -> None:
@@ -567,7 +620,9 @@ def test_an_unfinished_study_says_so(study: Study, runs: Path, tmp_path: Path) -
     broken = study.cells[5]
     shutil.copytree(runs / broken.name, part / broken.name)
     content = json.loads((part / broken.name / "cell.json").read_text())
-    (part / broken.name / "cell.json").write_text(json.dumps({**content, "status": "failed", "error": "no memory"}))
+    (part / broken.name / "cell.json").write_text(
+        json.dumps({**content, "evaluated": [], "status": "failed", "error": "no memory"})
+    )
     out = tmp_path / "out"
     assert cli.main(["report", str(study.path), "--runs-dir", str(part), "--output", str(out)]) == 0
     text = (out / "results.md").read_text()

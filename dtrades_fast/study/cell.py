@@ -23,7 +23,7 @@ from dtrades_fast.training import trainer
 from dtrades_fast.training.checkpoint import write_text
 from dtrades_fast.training.run_folder import RunFolder
 
-__all__ = ["Busy", "Machine", "State", "can_go_on", "is_trained", "look", "reopen", "run"]
+__all__ = ["BusyError", "Machine", "State", "can_go_on", "is_trained", "look", "reopen", "run"]
 
 VERSION = 1  #: of cell.json
 BEAT_SECONDS = 10.0  #: between signs of life
@@ -31,7 +31,7 @@ DEAD_SECONDS = 60.0  #: after the last one
 Status = Literal["waiting", "running", "done", "failed"]
 
 
-class Busy(RuntimeError):
+class BusyError(RuntimeError):
     """Another process is at the cell."""
 
 
@@ -75,7 +75,7 @@ def run(cell: Cell, runs_dir: Path, machine: Machine) -> None:
 
     Raises:
         ValueError: an option that is not possible, or the folder has a cell of other options.
-        Busy: another process is at it.
+        BusyError: another process is at it.
         Interrupted: a signal came; what is done is saved.
         Exception: whatever training or evaluation raise; ``cell.json`` says so.
     """
@@ -85,7 +85,7 @@ def run(cell: Cell, runs_dir: Path, machine: Machine) -> None:
         try:
             held.enter_context(folder.locked(folder.cell_lock))
         except RuntimeError as error:
-            raise Busy(str(error)) from error
+            raise BusyError(str(error)) from error
         _go_on(cell, runs_dir, folder, machine)
 
 

@@ -71,6 +71,7 @@ class Difference:
 
     Attributes:
         ours, theirs: rows.
+        checkpoint: whose weights.
         name: of the figure.
         over_seeds: ``ours - theirs``, for other trainings.
         over_points: the same for other test images; None of a figure that is no mean over images.
@@ -78,6 +79,7 @@ class Difference:
 
     ours: Row
     theirs: Row
+    checkpoint: Checkpoint
     name: str
     over_seeds: statistics.Paired
     over_points: statistics.Interval | None
@@ -87,14 +89,13 @@ class Difference:
         """The row with the higher value, where both intervals exclude zero."""
         if not statistics.resolved(self.over_seeds, self.over_points):
             return "not resolved"
-        return (self.ours if self.over_seeds.mean > 0 else self.theirs).name
+        return (self.ours if self.over_seeds.mean > 0 else self.theirs).marked(self.checkpoint)
 
     @property
     def in_words(self) -> str:
         unit, decimals = HEADLINES.get(self.name, ""), DECIMALS.get(self.name, 1)
-        said = statistics.verdict(
-            self.over_seeds, self.ours.name, self.theirs.name, unit, decimals, points=self.over_points
-        )
+        names = (row.marked(self.checkpoint) for row in (self.ours, self.theirs))
+        said = statistics.verdict(self.over_seeds, *names, unit, decimals, points=self.over_points)
         return f"{heading(self.name)}: {said}"
 
 
@@ -114,7 +115,7 @@ def differences(group: Group, compare: str, checkpoint: Checkpoint) -> Sequence[
             x, y = ({seed: values[name] for seed, values in side.items() if name in values} for side in (a, b))
             if name not in NOT_COMPARED and set(x) & set(y):
                 drawn = over_points(ours, theirs, checkpoint, basis, name)
-                found.append(Difference(ours, theirs, name, statistics.paired(x, y), drawn))
+                found.append(Difference(ours, theirs, checkpoint, name, statistics.paired(x, y), drawn))
     return found
 
 
@@ -136,12 +137,11 @@ def over_points_of_classes(
     """Of the robust accuracy of the worst class, which may be another one for other points."""
     stand = [[result.standing(checkpoint, basis, basis.attacks) for result in pair] for pair in both]
     found = [(a, b) for a, b in stand if a is not None and b is not None]
+    records = [record for result, _ in both if (record := result.record(checkpoint, basis)) is not None]
     if not found:
         return None
     values = 100 * np.array(found, dtype=float)  # [seeds, ours and theirs, points]
-    record = both[0][0].record(checkpoint, basis)
-    assert record is not None
-    labels = np.array(record["labels"])
+    labels = np.array(records[0]["labels"])  # the same points, and so the same labels, in all
     classes = (labels == np.unique(labels)[:, None]).astype(float)  # [classes, points]
 
     def difference(weights: NDArray[np.float64]) -> float:

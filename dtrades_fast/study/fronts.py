@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dtrades_fast.study import statistics
 from dtrades_fast.study.comparisons import of_seeds
-from dtrades_fast.study.results import NAMES, Basis, Checkpoint, Group, Row, figures
+from dtrades_fast.study.results import MARK, NAMES, Basis, Checkpoint, Group, Row, figures
 
 __all__ = ["front_by_seed", "front_comparison", "fronts", "mean_points", "points"]
 
@@ -53,13 +53,16 @@ def front_comparison(group: Group, compare: str, checkpoint: Checkpoint) -> list
     """How the front of the method lies to that of each other one that has as many settings, in words.
 
     And how its rows with a label, such as those of an ablation, lie to the other one's settings at their own weight.
+    Conditions that differ between methods are not compared.
     """
+    if group.protocol != "common":
+        return []
     basis, found = group.bases.get(checkpoint), fronts(group, checkpoint)
     mine, lines = found.pop(compare, []), []
     for rows in found.values():
         if basis is None or len(rows) < 2 or len(mine) < 2:
             continue
-        ours, theirs = (NAMES.get(each[0].method, each[0].method) for each in (mine, rows))
+        ours, theirs = (name_of(each, checkpoint) for each in (mine, rows))
         where = f"{group.name}, {checkpoint} epoch, the settings of {ours} against those of {theirs}"
         seeds = sorted(set(front_by_seed(mine, checkpoint, basis)) & set(front_by_seed(rows, checkpoint, basis)))
         if len(mine) != len(rows) or not seeds:
@@ -73,10 +76,17 @@ def front_comparison(group: Group, compare: str, checkpoint: Checkpoint) -> list
         for row in (row for row in group.rows if row.method == compare and row.labelled):
             common = [seed for seed in seeds if seed in points(row, checkpoint, basis)]
             a, b = ([Curve.of(each, seed, checkpoint, basis) for seed in common] for each in ([row], rows))
-            if common and (said := compare_curves(a, b, at_equal_weight, common, (row.name, theirs))):
-                where = f"{group.name}, {checkpoint} epoch, {row.name} against the settings of {theirs}"
+            name = row.marked(checkpoint)
+            if common and (said := compare_curves(a, b, at_equal_weight, common, (name, theirs))):
+                where = f"{group.name}, {checkpoint} epoch, {name} against the settings of {theirs}"
                 lines.append(f"{where}, {AT_WEIGHT}: {said}.")
     return lines
+
+
+def name_of(rows: Sequence[Row], checkpoint: Checkpoint) -> str:
+    """Of their method, marked if one of its settings is."""
+    name = NAMES.get(rows[0].method, rows[0].method)
+    return f"{name} {MARK}" if any(row.looks_masked(checkpoint) for row in rows) else name
 
 
 @dataclass(frozen=True)
@@ -136,11 +146,33 @@ def ranges(ours: Sequence[Curve], theirs: Sequence[Curve]) -> str:
     return ", ".join("none" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}" for ends in found) + " %, by seed"
 
 
+def by_setting(ours: Sequence[Curve], theirs: Sequence[Curve]) -> str:
+    """What the mean over the settings is made of: each one's difference at its weight, and those that are left out."""
+    kept, beyond = [], []
+    for setting, weights in enumerate(np.array([curve.weights for curve in ours]).T):
+        uniform = [np.full(curve.natural.shape[1], 1 / curve.natural.shape[1]) for curve in ours]
+        differences = {
+            seed: float(found)
+            for seed, (a, b, share) in enumerate(zip(ours, theirs, uniform, strict=True))
+            if not np.isnan(found := statistics.differences_at_weight(a.by_weight(share), b.by_weight(share))[setting])
+        }
+        weight = f"{weights.mean():.1f}"
+        if not differences:
+            beyond.append(weight)
+            continue
+        found = statistics.paired(differences, dict.fromkeys(differences, 0.0))
+        spread = "" if np.isinf(found.low) else f" [{found.low:+.1f}, {found.high:+.1f}]"
+        seeds = "" if found.count == len(ours) else f", {found.count} of {len(ours)} seeds"
+        kept.append(f"{found.mean:+.1f}{spread} at {weight}{seeds}")
+    left_out = f"; {', '.join(beyond)} left out, beyond the other's weights" if beyond else ""
+    return f"mean over {'; '.join(kept)}{left_out}" if kept else ""
+
+
 AT_WEIGHT = "RA worst at the same mean weight over training"
 MEASURES: dict[str, tuple[Differ, Callable[[Sequence[Curve], Sequence[Curve]], str]]] = {
     "area under their front": (of_areas, lambda ours, theirs: ""),
     "RA worst at equal NA": (at_equal_accuracy, ranges),
-    AT_WEIGHT: (at_equal_weight, lambda ours, theirs: ""),
+    AT_WEIGHT: (at_equal_weight, by_setting),
 }
 
 

@@ -32,7 +32,7 @@ from dtrades_fast.study.blocks import (
     slug,
 )
 from dtrades_fast.study.grid import read
-from dtrades_fast.study.results import CHECKPOINTS, Checkpoint, Group, Results, load
+from dtrades_fast.study.results import CHECKPOINTS, MARK, MARK_EXPLAINED, Checkpoint, Group, Results, load
 from dtrades_fast.study.study import Where
 from dtrades_fast.training.checkpoint import write, write_text
 
@@ -188,12 +188,18 @@ def comparison(group: Group, compare: str, at: Checkpoint) -> Iterator[Block]:
         return
     yield table
     if lines := comparisons.in_words(group, compare, at):
-        yield Details(f"The same in words: {group.name}", [Text(tuple(lines))])
+        yield Details(f"The same in words: {group.name}", [said(lines)])
     if (rest := tables.comparison(group, compare, at, headlines=False)) is not None:
         yield Details(f"Paired differences of all other figures: {group.name}", [rest])
     other = other_than(at)
     if (table := tables.comparison(group, compare, other)) is not None:
         yield Details(f"The same of the {other} epoch: {group.name}", [table])
+
+
+def said(lines: Sequence[str]) -> Text:
+    """Sentences, with what a mark in them means."""
+    explained = [MARK_EXPLAINED] if any(MARK in line for line in lines) else []
+    return Text((*lines, *explained))
 
 
 def other_than(checkpoint: Checkpoint) -> Checkpoint:
@@ -221,7 +227,7 @@ def trade_off(group: Group, compare: str, at: Checkpoint) -> Iterator[Block]:
     )
     yield table
     if lines := fronts.front_comparison(group, compare, at):
-        yield Text(tuple(lines)) if len(lines) > 1 else Text.of(lines[0])
+        yield said(lines)
 
 
 def training(group: Group) -> Iterator[Block]:

@@ -31,6 +31,8 @@ NAMES = {
     "faal": "FAAL",
 }
 NORMS = {"linf": "Linf", "l2": "L2"}
+MARK = "†"  #: of a row, some of whose evaluations are not healthy
+MARK_EXPLAINED = f"{MARK} gradients of some seed look masked: its robust accuracies may be lower than shown."
 Ids = tuple[int, ...]  #: of test points
 Conditions = tuple[float, str, Ids]  #: radius in pixel units, norm, test points
 
@@ -130,10 +132,19 @@ class Result:
         """The evaluations with attacks."""
         return [r for r in self.records if r["checkpoint"] == checkpoint and r["attacks"]]
 
+    def attacks(self, checkpoint: Checkpoint) -> dict[Conditions, list[str]]:
+        """By the conditions under which it was attacked: by what, in the evaluation with the most attacks."""
+        found: dict[Conditions, list[str]] = {}
+        for record in self.attacked(checkpoint):
+            place, names = conditions(record), list(record["attacks"])
+            if len(names) > len(found.get(place, ())):
+                found[place] = names
+        return found
+
     def record(self, checkpoint: Checkpoint, basis: Basis) -> dict[str, Any] | None:
         """The evaluation on the points and at the radius of the basis, by its attacks at least."""
         for record in self.attacked(checkpoint):
-            if conditions(record) == basis.conditions:
+            if conditions(record) == basis.conditions and set(basis.attacks) <= set(record["attacks"]):
                 return record
         return None
 
@@ -196,6 +207,14 @@ class Row:
         method = NAMES.get(self.method, self.method)
         return f"{method} ({self.setting})" if self.setting else method
 
+    def looks_masked(self, checkpoint: Checkpoint) -> bool:
+        """Whether an evaluation of one of its runs was not judged healthy."""
+        return any(doubts(result, checkpoint) for result in self.results.values())
+
+    def marked(self, checkpoint: Checkpoint) -> str:
+        """Its name, with :data:`MARK` if its accuracies may flatter it."""
+        return f"{self.name} {MARK}" if self.looks_masked(checkpoint) else self.name
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -235,17 +254,19 @@ class Group:
 
     def _conditions(self, checkpoint: Checkpoint) -> list[Basis]:
         results = [result for row in self.rows for result in row.results.values()]
-        records = [record for result in results for record in result.attacked(checkpoint)]
         searches = {
             norm: Counter(searching(r, norm) for result in results for r in result.searched(checkpoint, norm))
             for norm in NORMS
         }
         norms = {norm: max(n, key=lambda key: (n[key], len(key[0]))) for norm, n in searches.items() if n}
+        attacked: dict[Conditions, list[list[str]]] = {}  # by run
+        for result in results:
+            for place, attacks in result.attacks(checkpoint).items():
+                attacked.setdefault(place, []).append(attacks)
         found = []
-        for (epsilon, norm, ids), count in Counter(map(conditions, records)).items():
-            theirs = [record["attacks"] for record in records if conditions(record) == (epsilon, norm, ids)]
+        for (epsilon, norm, ids), theirs in attacked.items():
             common = tuple(name for name in theirs[0] if all(name in attacks for attacks in theirs))
-            found.append((count, len(common), len(ids), Basis(epsilon, norm, ids, common, norms)))
+            found.append((len(theirs), len(common), len(ids), Basis(epsilon, norm, ids, common, norms)))
         return [basis for *_, basis in sorted(found, key=lambda one: one[:3], reverse=True)]
 
 
@@ -343,8 +364,9 @@ def figures(result: Result, checkpoint: Checkpoint, basis: Basis | None) -> dict
     record = None if basis is None else result.record(checkpoint, basis)
     if record is not None and basis is not None:
         found["NA"] = na = 100 * record["na"]
-        for name in record["attacks"]:
-            found[f"RA {name}"] = 100 * record["attacks"][name]["ra"]
+        alike = [other for other in result.attacked(checkpoint) if conditions(other) == basis.conditions]
+        for name, attack in ((name, attack) for each in (record, *alike) for name, attack in each["attacks"].items()):
+            found.setdefault(f"RA {name}", 100 * attack["ra"])
         standing = result.standing(checkpoint, basis, basis.attacks)
         if basis.attacks and standing is not None:
             ra = 100 * float(standing.mean())

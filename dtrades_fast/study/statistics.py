@@ -24,6 +24,7 @@ __all__ = [
     "bootstrap",
     "difference_at_weight",
     "difference_of_fronts",
+    "differences_at_weight",
     "harmonic",
     "in_common",
     "paired",
@@ -31,6 +32,7 @@ __all__ = [
     "resampled",
     "resolved",
     "rounded",
+    "seeds_needed",
     "summary",
     "verdict",
 ]
@@ -97,17 +99,15 @@ class Paired(Interval):
         deviation: standard deviation of the differences; NaN of one.
         count: seeds that both have.
         dropped: seeds that only one of both has.
-        needed: seeds at which the interval would exclude zero, were mean and deviation as seen; None if the mean or the
-            deviation is 0, the deviation is unknown or more than 10,000 would be needed.
-        needed_for_power: seeds at which it would with a probability of 80 %, were these the true ones: more, since the
-            next mean may come out smaller than this one.
+        needed: seeds at which the interval would exclude zero with a probability of 80 %, were mean and deviation the
+            true ones; None if the mean or the deviation is 0, the deviation is unknown or more than 10,000 would be
+            needed.
     """
 
     deviation: float
     count: int
     dropped: int
     needed: int | None
-    needed_for_power: int | None
 
     @property
     def resolved(self) -> bool:
@@ -144,8 +144,7 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float], level: float 
         deviation=deviation,
         count=count,
         dropped=len(set(ours) ^ set(theirs)),
-        needed=smallest_count(lambda n: half_width(deviation, n, level) < abs(mean), mean, deviation),
-        needed_for_power=smallest_count(lambda n: power(mean, deviation, n, level) >= POWER, mean, deviation),
+        needed=smallest_count(lambda n: power(mean, deviation, n, level) >= POWER, mean, deviation),
     )
 
 
@@ -214,6 +213,9 @@ def resampled(
 ) -> Interval:
     """Bootstrap interval of anything that is computed from test points, as :func:`bootstrap` of means.
 
+    The minimum over classes, or a front, tends to be lower or higher on drawn points than on the points themselves; the
+    percentiles are moved by that much, so that their median is the value on the points themselves.
+
     Args:
         statistic: of the weights of the points, [points], which sum to 1; None if it does not exist for them, which
             leaves that draw out.
@@ -230,8 +232,8 @@ def resampled(
         raise ValueError("a statistic that does not exist has no interval")
     drawn = np.random.default_rng(seed).multinomial(points, np.full(points, 1 / points), size=resamples)
     values = [value for counts in drawn if (value := statistic(counts / points)) is not None]
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, float(low), float(high))
+    low, middle, high = np.quantile(values, [(1 - level) / 2, 0.5, (1 + level) / 2])
+    return Interval(mean, float(low - middle + mean), float(high - middle + mean))
 
 
 def resolved(found: Paired, points: Interval | None) -> bool:
@@ -271,21 +273,28 @@ def verdict(
     if found.resolved and points is not None:
         drawn = f"{points.low:+.{decimals}f} to {points.high:+.{decimals}f}"
         return f"{difference} ({interval}; but {drawn} over test images, of which more would be needed)"
-    return f"{difference} ({interval}; {_needed(found)})"
+    if (needed := seeds_needed(found, points)) is None:
+        return f"{difference} ({interval}; there is no difference to resolve)"
+    return f"{difference} ({interval}; {needed} for a power of 80 %, if it is as seen)"
 
 
-def _needed(found: Paired) -> str:
-    """How many seeds would resolve it, in words."""
-    if not found.mean:
-        return "there is no difference to resolve"
-    if found.needed_for_power is None:
-        return f"more than {MOST_SEEDS:,} seeds for a power of 80 %, if it is as seen"
-    return f"about {rounded(found.needed_for_power)} seeds for a power of 80 %, if it is as seen"
+def seeds_needed(found: Paired, points: Interval | None) -> str | None:
+    """How many seeds would resolve it with a power of 80 %, in words; None if nothing tells.
+
+    Args:
+        found: over seeds.
+        points: the same difference over test points, of which more are needed, too, if it contains zero.
+    """
+    if not found.mean or not found.deviation > 0:
+        return None
+    count = f"about {rounded(found.needed)} seeds" if found.needed else f"more than {MOST_SEEDS:,} seeds"
+    return count if points is None or points.resolved else f"{count} and more images"
 
 
 def rounded(count: int) -> int:
-    """To one significant digit from 10 on: what a few seeds tell of the number needed is its order of magnitude."""
-    return count if count < 10 else round(count, 1 - len(str(count)))
+    """Up to one significant digit from 10 on: what a few seeds tell of the number needed is its order of magnitude."""
+    size = 10 ** (len(str(count)) - 1) if count >= 10 else 1
+    return -(-count // size) * size
 
 
 # ---- trade-offs ------------------------------------------------------------------------------------------------------
@@ -352,15 +361,24 @@ def difference_of_fronts(ours: Sequence[Point], theirs: Sequence[Point], steps: 
 
 
 def difference_at_weight(ours: Sequence[Point], theirs: Sequence[Point]) -> float | None:
-    """Mean difference in robust accuracy at equal weight of the regularisation, over the weights of ``ours``.
+    """Mean of :func:`differences_at_weight` over the weights of ``ours`` that lie between those of ``theirs``.
+
+    Returns:
+        ``ours - theirs``, or None without any such weight.
+    """
+    found = differences_at_weight(ours, theirs)
+    return float(np.nanmean(found)) if np.isfinite(found).any() else None
+
+
+def differences_at_weight(ours: Sequence[Point], theirs: Sequence[Point]) -> NDArray[np.float64]:
+    """Difference in robust accuracy at equal weight of the regularisation, at each weight of ``ours``.
 
     Args:
         ours: pairs of weight, above 0, and robust accuracy.
         theirs: the same; linear in the logarithm of the weight between them.
 
     Returns:
-        ``ours - theirs`` over those weights of ``ours`` that lie between weights of ``theirs``, or None without any.
+        ``ours - theirs``, [settings of ours]; NaN beyond the weights of ``theirs``.
     """
-    (w, ra), (x, y) = (np.array(sorted(curve)).T for curve in (ours, theirs))
-    found = ra - np.interp(np.log(w), np.log(x), y, left=math.nan, right=math.nan)
-    return float(np.nanmean(found)) if np.isfinite(found).any() else None
+    (w, ra), (x, y) = np.array(ours).T, np.array(sorted(theirs)).T
+    return np.array(ra - np.interp(np.log(w), np.log(x), y, left=math.nan, right=math.nan))

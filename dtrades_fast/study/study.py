@@ -119,7 +119,7 @@ def run_here(unfinished: Sequence[Cell], options: Options) -> int:
         for cell in ready:
             try:
                 cells.run(cell, options.runs, machine)
-            except cells.Busy as error:
+            except cells.BusyError as error:
                 print(error, file=sys.stderr)
                 return BUSY
     waiting = [cell for cell in unfinished if cells.look(cell, options.runs).status != "done"]

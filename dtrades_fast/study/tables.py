@@ -21,6 +21,8 @@ from dtrades_fast.study.comparisons import (
 from dtrades_fast.study.fronts import front_by_seed, fronts, points
 from dtrades_fast.study.results import (
     CHECKPOINTS,
+    MARK,
+    MARK_EXPLAINED,
     Basis,
     Checkpoint,
     Group,
@@ -35,7 +37,6 @@ from dtrades_fast.study.results import (
 from dtrades_fast.training.progress import duration
 
 NOTHING = "–"
-MARK = "†"  #: of a row, some of whose evaluations are not healthy
 
 
 def mean_and_deviation(values: Sequence[float], decimals: int = 1, seeds: int | None = None) -> str:
@@ -55,14 +56,9 @@ def median_and_range(values: Sequence[float]) -> str:
     return middle if len(values) == 1 else f"{middle} ({min(values):.1f} to {max(values):.1f})"
 
 
-def marked(row: Row, checkpoint: Checkpoint) -> str:
-    """Its name, with a mark if an evaluation of one of its runs was not judged healthy."""
-    return f"{row.name} {MARK}" if any(doubts(result, checkpoint) for result in row.results.values()) else row.name
-
-
 def mark_explained(lines: Sequence[Sequence[str]]) -> str:
     """For a caption, where a row has the mark."""
-    return f" {MARK} gradients of some seed look masked." if any(line[0].endswith(MARK) for line in lines) else ""
+    return f" {MARK_EXPLAINED}" if any(MARK in line[0] for line in lines) else ""
 
 
 def accuracies(group: Group, part: str, checkpoint: Checkpoint, basis: Basis, number: int = 0) -> Table | None:
@@ -92,7 +88,7 @@ def accuracies(group: Group, part: str, checkpoint: Checkpoint, basis: Basis, nu
         cells = [mean_and_deviation(values[name], DECIMALS.get(name, 1), len(seeds)) for name in order]
         extra = [mean_and_deviation(overfitting(group, row))] if overfit else []
         each = ", ".join(f"{value:.1f}" for value in values.get("RA worst", [])) or NOTHING
-        lines.append([marked(row, checkpoint), *cells, *extra, each, str(len(seeds))])
+        lines.append([row.marked(checkpoint), *cells, *extra, each, str(len(seeds))])
     header = ["method", *map(heading, order), *(["best − last RA"] if overfit else []), "RA worst by seed", "seeds"]
     used = [i for i, _ in enumerate(header) if any(line[i] != NOTHING for line in lines)]
     caption = (
@@ -195,16 +191,16 @@ def comparison(group: Group, compare: str, checkpoint: Checkpoint, *, headlines:
     decides = headlines and group.protocol == "common"
     lines = []
     for each in found:
-        decimals, needed = DECIMALS.get(each.name, 1), each.over_seeds.needed_for_power
+        decimals = DECIMALS.get(each.name, 1)
         lines.append(
             [
-                f"{each.ours.name} − {each.theirs.name}",
+                f"{each.ours.marked(checkpoint)} − {each.theirs.marked(checkpoint)}",
                 heading(each.name),
                 f"{each.over_seeds.mean:+.{decimals}f}",
                 interval(each.over_seeds, decimals),
                 NOTHING if each.over_points is None else interval(each.over_points, decimals),
                 str(each.over_seeds.count),
-                NOTHING if needed is None else str(statistics.rounded(needed)),
+                statistics.seeds_needed(each.over_seeds, each.over_points) or NOTHING,
                 *([each.winner] if decides else []),
             ]
         )
@@ -213,7 +209,8 @@ def comparison(group: Group, compare: str, checkpoint: Checkpoint, *, headlines:
     caption = (
         f"{group.name}, {checkpoint} epoch: paired differences on the same seeds. Over seeds: Student's t, for other "
         "trainings; over images: bootstrap, for other test images of these networks. The seeds needed are an order of "
-        "magnitude, if difference and deviation are as seen."
+        "magnitude, if difference and deviation are as seen; more images are needed, too, where the interval over "
+        "images contains zero."
     )
     if several:
         caption += (
@@ -225,8 +222,8 @@ def comparison(group: Group, compare: str, checkpoint: Checkpoint, *, headlines:
         caption += " What is higher is named only where both intervals exclude zero."
     elif headlines:
         caption += f" The {group.protocol} conditions differ between methods: they name no winner."
-    rest = "" if headlines else "-of-the-rest"
-    return Table(slug(f"{group.protocol}-{group.name}-comparison-{checkpoint}{rest}"), caption, header, lines)
+    name = slug(f"{group.protocol}-{group.name}-comparison-{checkpoint}{'' if headlines else '-of-the-rest'}")
+    return Table(name, caption + mark_explained(lines), header, lines)
 
 
 def interval(found: statistics.Interval, decimals: int = 1) -> str:
@@ -253,7 +250,7 @@ def trade_offs(group: Group, checkpoint: Checkpoint) -> Table | None:
             harmonics = [statistics.harmonic(na, ra) for na, ra in found]
             lines.append(
                 [
-                    marked(row, checkpoint),
+                    row.marked(checkpoint),
                     mean_and_deviation([na for na, _ in found]),
                     mean_and_deviation([ra for _, ra in found]),
                     mean_and_deviation(harmonics),
@@ -407,9 +404,9 @@ def short(commit: str | None) -> str:
 
 
 def by_class(group: Group, checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
-    """Row -> class -> mean RA over seeds; the rows of ``main``."""
+    """Row -> class -> mean RA over seeds; the rows of ``main``; none without an attack in common."""
     basis, found = group.bases.get(checkpoint), {}
-    if basis is None:
+    if basis is None or not basis.attacks:
         return {}
     for row in group.part("main"):
         evaluated = [r for r in row.results.values() if r.record(checkpoint, basis)]
