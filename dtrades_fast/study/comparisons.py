@@ -94,8 +94,8 @@ class Difference:
     @property
     def in_words(self) -> str:
         unit, decimals = HEADLINES.get(self.name, ""), DECIMALS.get(self.name, 1)
-        names = (row.marked(self.checkpoint) for row in (self.ours, self.theirs))
-        said = statistics.verdict(self.over_seeds, *names, unit, decimals, points=self.over_points)
+        ours, theirs = (row.marked(self.checkpoint) for row in (self.ours, self.theirs))
+        said = statistics.verdict(self.over_seeds, ours, theirs, unit, decimals, points=self.over_points)
         return f"{heading(self.name)}: {said}"
 
 
