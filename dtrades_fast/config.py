@@ -42,6 +42,10 @@ __all__ = [
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_METHOD = "dtrades"
+L2_NEEDS_EPSILON = (
+    "--norm needs --epsilon with it: the usual radius of a data set and those of recipes are for Linf; "
+    "in L2, 0.5 is usual for CIFAR-10"
+)
 #: Options that say where a run is kept and how to start it, not what it computes; they are not stored with it.
 NOT_STORED = ("recipe", "preset", "runs_dir", "run", "resume", "overwrite")
 #: Options that may differ on resume, because they change no bit of the result.
@@ -344,6 +348,24 @@ class Config:
             if mine.get(name) != other.get(name)
         ]
 
+    def warnings(self) -> list[str]:
+        """What is possible and hardly meant."""
+        found, attack, milestones = [], self.attack, self.optimization.milestones
+        if attack.step_size is not None and attack.epsilon is not None:
+            reach = attack.steps * pixels(attack.step_size)
+            if 0 < reach < pixels(attack.epsilon):
+                found.append(
+                    f"{attack.steps} steps of {attack.step_size} reach {reach:.3g}, not epsilon {attack.epsilon}: "
+                    "take more --steps or a larger --step-size (None: epsilon / 4)"
+                )
+        late = [epoch for epoch in milestones if epoch >= self.optimization.epochs]
+        if self.optimization.schedule == "step" and late:
+            found.append(
+                f"--milestones {' '.join(map(str, late))} lie at or beyond the end of {self.optimization.epochs} "
+                "epochs: the learning rate never drops there"
+            )
+        return found
+
     def check(self) -> None:
         """Refuse what no run can have.
 
@@ -376,6 +398,8 @@ class Config:
             raise ValueError("--step-size must be above 0 in pixel units, got 0")
         if attack.epsilon is not None:
             pixels(attack.epsilon, "--epsilon")
+        elif attack.norm == "l2":
+            raise ValueError(L2_NEEDS_EPSILON)
         dataclasses.replace(self, attack=dataclasses.replace(attack, epsilon=attack.epsilon or "0")).make_defense()
 
 
@@ -444,7 +468,15 @@ def _parse(argv: Sequence[str], prog: str, layers: dict[str, dict[str, Any]]) ->
     for source, values in layers.items():
         config = _apply(config, values, method, source)
     config.defense.method = method
-    return _cli(config, argv, prog)
+    made = _cli(config, argv, prog)
+    threats = [(each.attack.norm, each.attack.epsilon) for each in (config, made)]
+    if threats[0][0] != threats[1][0] and threats[0][1] == threats[1][1] and not any(_is_epsilon(w) for w in argv):
+        raise ValueError(L2_NEEDS_EPSILON)
+    return made
+
+
+def _is_epsilon(word: str) -> bool:
+    return word.partition("=")[0] == "--epsilon"
 
 
 def _profile(kind: Literal["recipe", "preset"], name: str) -> dict[str, Any]:

@@ -125,6 +125,8 @@ REFUSED = [
     (["--resume", "--overwrite"], "give one of the two"),
     (["--run", "../elsewhere"], "--run must be a folder name"),
     (["--run", ".."], "--run must be a folder name"),
+    (["--norm", "l2"], "--norm needs --epsilon with it: .* are for Linf"),
+    (["--recipe", "trades-cifar10", "--norm", "l2"], "--norm needs --epsilon with it"),
 ]
 
 
@@ -132,6 +134,40 @@ REFUSED = [
 def test_refused(command: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(command)
+
+
+def test_a_norm_has_a_radius_of_its_own(tmp_path: Path) -> None:
+    for given in (["--epsilon", "0.5"], ["--epsilon=0.5"]):
+        assert parse(["--recipe", "trades-cifar10", "--norm", "l2", *given]).attack.epsilon == "0.5"
+    same = parse(["--recipe", "trades-cifar10", "--norm", "l2", "--epsilon", "0.031"])
+    assert (same.attack.norm, same.attack.epsilon) == ("l2", "0.031")  # said twice
+    file = tmp_path / "mine.yaml"
+    file.write_text("norm: l2\nepsilon: '0.5'\n")
+    assert parse(["--preset", str(file)]).attack.norm == "l2"
+    file.write_text("norm: l2\n")
+    with pytest.raises(ValueError, match="--norm needs --epsilon with it"):
+        parse(["--preset", str(file)])
+
+
+def test_what_is_hardly_meant_is_said() -> None:
+    assert parse([]).resolved("8/255").warnings() == []
+    weak = parse(["--recipe", "trades-mnist", "--steps", "10"]).resolved("0.3")
+    assert weak.warnings() == [
+        "10 steps of 0.01 reach 0.1, not epsilon 0.3: take more --steps or a larger --step-size (None: epsilon / 4)"
+    ]
+    short = parse(["--recipe", "trades-cifar10", "--epochs", "30"]).resolved("8/255")
+    assert len(short.warnings()) == 1
+    assert short.warnings()[0].startswith("--milestones 74 ")
+    for recipe in config.profiles("recipe"):
+        assert parse(["--recipe", recipe]).resolved("0.3").warnings() == []
+
+
+@pytest.mark.parametrize("preset", ["quick", "t4"])
+@pytest.mark.parametrize("recipe", ["at-mnist", "trades-mnist", "dtrades-mnist", "mart-mnist", "faal-mnist"])
+def test_a_preset_with_fewer_steps_still_reaches_epsilon(recipe: str, preset: str) -> None:
+    made = parse(["--recipe", recipe, "--preset", preset]).resolved("0.3")
+    threat = made.threat()
+    assert threat.steps * (threat.step_size or threat.epsilon / 4) >= threat.epsilon
 
 
 def test_files_with_mistakes(tmp_path: Path) -> None:

@@ -286,6 +286,23 @@ def test_stop_saves_and_says_what_is_off(data: Path, tmp_path: Path) -> None:
     assert torch.load(t.folder.last, weights_only=True)["step"] == 1
 
 
+def test_stop_at_the_end_of_an_epoch_can_be_resumed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state that is saved is behind the epoch's metrics, not before them."""
+    t, message = trainer(data, tmp_path, "--on-masking", "stop"), Monitor.message
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "message", lambda self: "off" if t.step == 3 else message(self))
+        with pytest.raises(TrainingError, match="at step 3 of 9: off"):
+            t.fit()
+    assert len(t.folder.read_metrics()) == 1
+    again = trainer(data, tmp_path, "--on-masking", "stop", "--resume")
+    again.restore()
+    again.folder.cut_metrics(1)
+    again.fit()
+    assert [line["epoch"] for line in again.folder.read_metrics()] == [1, 2, 3]
+
+
 def test_warn_goes_on_and_says_so_at_the_end_of_the_epoch(data: Path, tmp_path: Path) -> None:
     t = trainer(data, tmp_path)
     raise_alarm(t)

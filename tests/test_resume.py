@@ -100,7 +100,16 @@ CONFIGURATIONS = {
     "fp16": ("--precision", "fp16", "--clip-norm", "1"),
     "step, EMA": ("--schedule", "step", "--milestones", "1", "2", "--ema", "0.8", "--method", "trades"),
     "constant, resnet": ("--arch", "resnet18", "--schedule", "constant", "--method", "at"),
-    "no augmentation, L2": ("--augmentation", "none", "--norm", "l2", "--sensitivity-at", "last_step"),
+    "no augmentation, L2": (
+        "--augmentation",
+        "none",
+        "--norm",
+        "l2",
+        "--epsilon",
+        "0.5",
+        "--sensitivity-at",
+        "last_step",
+    ),
     "frozen": ("--freeze-backbone", "--deterministic", "--method", "standard"),
 }
 
@@ -206,6 +215,16 @@ def test_resume_of_a_finished_run(data: Path, tmp_path: Path) -> None:
     before = result(folder)
     _, output = tiny_run.run(data, tmp_path, "--resume")
     assert "is finished, there is nothing to resume" in output
+    assert_same(before, result(folder))
+
+
+@pytest.mark.parametrize("options", [(), ("--ema", "0.8")])
+def test_weights_that_are_gone_are_written_again(data: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    folder, _ = tiny_run.run(data, tmp_path, *options)
+    before = result(folder)
+    folder.weights.unlink()
+    folder.best_weights.unlink()
+    tiny_run.run(data, tmp_path, *options, "--resume")
     assert_same(before, result(folder))
 
 

@@ -150,6 +150,49 @@ def test_validation_counts_images_that_are_right_all_along(images: Path, tmp_pat
     assert 0 < metrics.accuracy(stands) < na < 1
 
 
+class Overstates(nn.Module):
+    """A form of a network that takes many images for fooled which do not fool the network itself."""
+
+    layout = torch.contiguous_format
+
+    def __init__(self, network: nn.Module, margin: float):
+        super().__init__()
+        self.network, self.margin = network, margin
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.network(images)
+        return logits - self.margin * nn.functional.one_hot(logits.argmax(1), logits.shape[1])
+
+
+def test_where_only_the_form_is_fooled_the_network_itself_is_attacked(images: Path, tmp_path: Path) -> None:
+    made = trainer(images, tmp_path, "at")
+    by_the_trainer(made)
+    part, attack = made.sets.train, PGD(0.004, 6, stop_early=True)
+    expected = metrics.correct(made.model, part, attack, 1, 8)
+    form: Any = Overstates(made.model, 1e6)  # every image fools it at once
+    assert torch.equal(metrics.correct(made.model, part, attack, 1, 8, form), expected)
+    assert 0 < metrics.accuracy(expected) < metrics.accuracy(metrics.correct(made.model, part, None, 1, 8))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_validation_in_half_precision_calls_nothing_robust_that_its_attack_breaks(
+    images: Path, tmp_path: Path, precision: str
+) -> None:
+    """To within images that a step in half precision takes elsewhere, of 36."""
+    made = trainer(images, tmp_path, "at", "--validation-steps", "6", "--epsilon", "0.004", "--precision", precision)
+    by_the_trainer(made)
+    made.sets = replace(made.sets, validation=made.sets.train)
+    part, key = made.sets.validation, rng.key(made.config.run.seed, "validation")
+    _, half = made.validate()
+    single = metrics.correct(made.model, part, made.config.validation_attack(stop_early=True), key, 8)
+    assert abs(half - metrics.accuracy(single)) <= 2 / len(part)
+
+
+def test_full_gradients_are_not_taken_in_float16(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--lambda-gradient full needs --precision fp32 or bf16"):
+        trainer(images, tmp_path, "dtrades", "--lambda-gradient", "full", "--precision", "fp16")
+
+
 def test_every_network_of_a_process_is_compiled() -> None:
     """However many there were before: a study trains many, one after the other."""
     torch._dynamo.reset()

@@ -175,7 +175,7 @@ def test_weights_that_others_start_from_are_trained_again(
     assert not folder.best_weights.exists()  # nobody needs them
     capsys.readouterr()
     assert cli.main(["study", *words, "--cells", second.name]) == 0
-    assert f"{first.name} is trained again" in capsys.readouterr().err
+    assert f"{first.name} is opened again" in capsys.readouterr().err
     assert [look(cell, runs).status for cell in (first, second)] == ["done", "done"]
     assert folder.evaluation.read_text() == evaluation
     assert [line["train"] for line in folder.read_metrics()] == [line["train"] for line in metrics]
@@ -237,8 +237,7 @@ def test_surrogates_without_weights_are_trained_again(
     assert cli.main(["study", str(file), *words, "--print-commands"]) == 0
     said = capsys.readouterr()
     assert said.err.splitlines() == [
-        f"{folder.path.name} is trained again: others need its weights, which are not there"
-        for folder in (faal, trades)
+        f"{folder.path.name} is opened again: others need its weights, which are not there" for folder in (faal, trades)
     ]
     assert len(said.out.splitlines()) == 3
     assert trades.env.is_file()  # commands are printed, nothing is begun anew

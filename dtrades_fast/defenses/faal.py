@@ -42,7 +42,7 @@ class FAAL(Defense):
 
     Args:
         base_loss: the method whose per-sample loss and attack are used: "at", "trades" or "mart".
-        beta: weight of the robust term of TRADES or MART.
+        beta: weight of the robust term of TRADES or MART; "at" has none.
         radius: how far the class weights may be from uniform, KL(u || q) in nats; 0 leaves them uniform.
         margin: "count" weights each class's mean margin with its number of samples, as published; "mean" does not.
         absent_class: "mask" spreads the weights over the classes of the batch; "official" gives a class that the batch

@@ -93,10 +93,11 @@ def _go_on(cell: Cell, runs_dir: Path, folder: RunFolder, machine: Machine) -> N
     record = Record(cell, folder)
     try:
         with _beating(folder) as beat:
-            if not folder.best_weights.is_file():  # an epoch writes them before last.pt, so that it begins anew
-                folder.last.unlink(missing_ok=True)  # from which training could find itself finished
-                folder.env.unlink(missing_ok=True)  # perhaps elsewhere
+            if not folder.best_weights.is_file():
                 record.trained = False
+                if not folder.best.is_file():  # from which they could be written again
+                    folder.last.unlink(missing_ok=True)  # from which training could find itself finished
+                    folder.env.unlink(missing_ok=True)  # it begins anew, perhaps elsewhere
             if not record.trained:
                 beat("training")
                 trainer.train(cell.config(runs_dir, "--resume", *machine.words))

@@ -86,7 +86,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     study = read(options.study)
     chosen = chosen_cells(study, options.cells, needed=options.executor != "inline")
     for name in cells.reopen(chosen, options.runs):
-        print(f"{name} is trained again: others need its weights, which are not there", file=sys.stderr)
+        print(f"{name} is opened again: others need its weights, which are not there", file=sys.stderr)
     unfinished = [cell for cell in chosen if cells.look(cell, options.runs).status != "done"]
     if options.print_commands:
         for cell in unfinished:

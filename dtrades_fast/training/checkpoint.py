@@ -88,7 +88,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         RuntimeError: the file is damaged.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: the run has not finished its first epoch, or is no run folder")
+        raise FileNotFoundError(
+            f"{path} does not exist: the run has not finished its first epoch, was kept without its weights, or is no "
+            "run folder"
+        )
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:

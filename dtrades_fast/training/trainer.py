@@ -54,6 +54,7 @@ LOOK_STEPS = 100  #: on a GPU, steps between looks for a loss that is not finite
 SMALLEST_SCALE = 2.0**-14  #: of the loss in fp16, 30 steps without an update below where it begins
 MASKED = "more attack steps, a larger batch or beta, a lower --lr or --on-masking noise may help"
 LOST = ("peer", "Connection", "Socket", "NCCL")  #: in the messages of gloo and NCCL when a process has ended
+AVERAGED = "module."  #: of what the state of the moving average names the model's
 LONG_SECONDS = 30 * 60  #: above it, a run on a CPU is told how to become smaller
 
 
@@ -154,6 +155,13 @@ class Trainer:
         self.defense = config.make_defense()
         if processes.count() > 1 and getattr(self.defense, "lambda_gradient", None) == "full":
             raise ValueError("--lambda-gradient full runs in one process only: it differentiates the network twice")
+        if options.precision == "fp16" and getattr(self.defense, "lambda_gradient", None) == "full":
+            raise ValueError(
+                "--lambda-gradient full needs --precision fp32 or bf16: differentiated twice in float16, the gradients "
+                "of confident samples are 0"
+            )
+        if processes.count() > 1 and getattr(self.defense, "lambda_shuffle", False):
+            raise ValueError("--lambda-shuffle runs in one process only: it permutes the whole batch")
         kind = self.device.split(":")[0]
         if config.speed.compile and kind == "cpu":
             check_compiler()
@@ -203,8 +211,6 @@ class Trainer:
                 progress.update(self.step, epoch + 1, self.figures)
                 if self.reading_waits and self.step % LOOK_STEPS == 0:
                     self.check_sums()
-                if self.config.attack.on_masking == "stop" and (not self.reading_waits or self.step % LOOK_STEPS == 0):
-                    self.check_masking()
                 if len(timed) <= MEASURED_STEPS:
                     timed.append(seconds)
                     if len(timed) == 1 and self.config.speed.compile:
@@ -214,6 +220,8 @@ class Trainer:
                 if ends_epoch:
                     self.end_epoch(epoch + 1, lr)
                     saved_at = time.monotonic()
+                if self.config.attack.on_masking == "stop" and (not self.reading_waits or self.step % LOOK_STEPS == 0):
+                    self.check_masking()  # behind the end of an epoch, whose metrics a saved state belongs to
                 due = time.monotonic() - saved_at >= 60 * self.config.run.checkpoint_minutes
                 stopping, due = processes.any_of(bool(stop), due)
                 if not ends_epoch and (stopping or due):
@@ -354,6 +362,7 @@ class Trainer:
     def check_masking(self) -> None:
         """Stop while the alarm is on, as ``--on-masking stop`` asks; the state is saved for a look at it."""
         if message := self.monitor.message():
+            self.check_state()
             self.save(self.folder.last)
             raise TrainingError(
                 f"training stopped at step {self.step} of {self.total_steps}: {message}. The state is saved in "
@@ -494,6 +503,15 @@ class Trainer:
         self.monitor.looks_masked = state["monitor"]["looks_masked"].to(self.device)
         self.defense.load_state_dict(self.on_device(state["defense"]))
 
+    def restore_weights(self) -> None:
+        """Write the files of weights again, from the checkpoints, where they are gone."""
+        for path, saved in ((self.folder.weights, self.folder.last), (self.folder.best_weights, self.folder.best)):
+            if not path.is_file() and saved.is_file():
+                state = checkpoint.load_state(saved)
+                averaged = state["ema"] or {}
+                averaged = {n.removeprefix(AVERAGED): value for n, value in averaged.items() if n.startswith(AVERAGED)}
+                self.save_weights(path, averaged or state["model"])
+
     def on_device(self, state: Any) -> Any:
         """The same containers with their tensors on the device."""
         return tree_map_only(Tensor, lambda tensor: tensor.to(self.device), state)
@@ -545,6 +563,8 @@ class Trainer:
         backend = environment.backend(self.device)
         self.say(f"  machine    {several}{self.device}, {c.run.threads} threads, operators: {backend}")
         self.say(f"  attacked   {self.attacked.how}")
+        for warning in c.warnings():
+            self.say(f"warning: {warning}")
         if self.step:
             self.say(f"  resumed    after step {self.step:,}, in epoch {self.step // len(self.batches) + 1}")
         if self.begun_by != processes.count():
@@ -698,6 +718,7 @@ def _train(config: Config, console: Console) -> RunFolder:
         elif config.model.init_weights is not None:
             trainer.load_initial_weights(config.model.init_weights)
         if first:
+            trainer.restore_weights()
             folder.cut_metrics(trainer.step // len(trainer.batches))
             trainer.tracker.start(folder.read_metrics())
         if trainer.step == trainer.total_steps:
