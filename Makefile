@@ -27,7 +27,7 @@ $(VENV)/.installed: $(VENV)/.torch $(BUILD) $(SOURCES)
 
 install: $(VENV)/.installed  ## virtual environment in .venv with the compiled package and the developer tools
 
-demo: $(VENV)/.torch  ## train D-TRADES on 5,000 real digits, evaluate it beside a normal network, print the table
+demo: $(VENV)/.torch  ## train D-TRADES on 3,000 real digits, evaluate it beside a normal network, print the table
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) '.[demo]'
 	@rm -f $(VENV)/.installed
 	$(BIN)/dtrades-fast doctor

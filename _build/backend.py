@@ -2,20 +2,23 @@
 
 pip builds in an isolated environment. Listing torch as a build requirement would make it download a second torch (3 GB)
 for every build, and perhaps another version than the one that will load the extension. So each hook lends the build
-the torch that lies in the site-packages of the same Python, and asks for one only where there is none.
+the torch that lies in the site-packages of the same Python, and asks for one only where there is none that is new
+enough; the package's own requirement then has pip replace the old one, too.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import site
 import sys
 import sysconfig
 
 from setuptools import build_meta
 
-TORCH = "torch>=2.13"
+OLDEST = 2, 13
+TORCH = f"torch>={OLDEST[0]}.{OLDEST[1]}"
 
 
 def _site_packages() -> list[str]:
@@ -28,8 +31,13 @@ def _site_packages() -> list[str]:
 def _installed_torch() -> str | None:
     """The site-packages folder that holds a usable torch, or None."""
     for path in _site_packages():
-        if os.path.isfile(os.path.join(path, "torch", "version.py")):
-            return path
+        version = os.path.join(path, "torch", "version.py")
+        if os.path.isfile(version):
+            with open(version) as file:
+                found = re.search(r"^__version__ = ['\"](\d+)\.(\d+)", file.read(), re.MULTILINE)
+            if found and (int(found[1]), int(found[2])) >= OLDEST:
+                return path
+            return None  # Python would import that one
     return None
 
 

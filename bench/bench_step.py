@@ -256,7 +256,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--attack-steps", type=count, default=10)
     add("--rounds", type=count, default=3, help="turns, one step of each provider timed per turn (default: 3)")
     add("--threads", type=count, default=environment.physical_cores())
-    add("--output", type=Path, default=RESULTS, help="folder of step.csv and step.json")
+    add("--output", type=Path, default=RESULTS, help="folder of step.csv and step.json, or step-cuda.csv and -.json")
     add("--child", choices=PROVIDERS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     options.device = str(options.device)
@@ -325,7 +325,8 @@ def shown(row: dict[str, Any], name: str, form: str) -> str:
 
 def write(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
-    with (options.output / "step.csv").open("w", newline="") as file:
+    stem = "step" if options.device == "cpu" else "step-cuda"  # a run on a GPU leaves the CPU's figures alone
+    with (options.output / f"{stem}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, (*COLUMNS, "warmup_seconds"), restval="")
         writer.writeheader()
         for row in rows:
@@ -333,7 +334,7 @@ def write(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
     about = {name: getattr(options, name) for name in ("attack_steps", "rounds", "threads")}
     where = environment.cpu_model() if options.device == "cpu" else torch.cuda.get_device_name()
     about |= {"processor": where, "torch": torch.__version__, "commit": environment.git_commit()}
-    write_text(options.output / "step.json", json.dumps(about, indent=1) + "\n")
+    write_text(options.output / f"{stem}.json", json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

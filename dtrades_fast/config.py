@@ -162,8 +162,7 @@ class Speed:
     channels_last: bool = True
     """Keep images and activations in the channels-last memory format, where that is faster."""
     compile: bool = False
-    """Compile the network with torch.compile, which takes a minute or two and needs a C++ compiler on a CPU. There it
-    makes max-pooling slower, and so VGG-16."""
+    """Compile the network with torch.compile, which takes a minute or two and needs a C++ compiler on a CPU."""
     cuda_graphs: bool = False
     """On a GPU, launch all steps of the training attack as one CUDA graph, which keeps memory of its own for them."""
 

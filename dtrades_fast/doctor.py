@@ -86,13 +86,13 @@ def cuda() -> Iterator[tuple[str, str]]:
 
 def toolkit() -> str:
     """The nvcc that a build would use, and whether it suits torch."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    if nvcc := shutil.which("nvcc"):
-        homes.insert(0, str(Path(nvcc).resolve().parent.parent))
-    for home in (Path(home) for home in homes if home):
+    on_path = shutil.which("nvcc")  # in the order of a build, see _build/cuda_toolkit.py
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    homes += [str(Path(on_path).resolve().parents[1])] if on_path else []
+    for home in (Path(home) for home in (*homes, "/usr/local/cuda", "/opt/cuda") if home):
         if (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_runtime.h").is_file():
             return f"{home}, {nvcc_version(home / 'bin' / 'nvcc')}"
-    return "none (no nvcc with include/cuda_runtime.h in PATH, CUDA_HOME or /usr/local/cuda)"
+    return "none (no nvcc with include/cuda_runtime.h in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda or /opt/cuda)"
 
 
 def nvcc_version(nvcc: Path) -> str:

@@ -246,7 +246,7 @@ def backend(monkeypatch: pytest.MonkeyPatch):
 
 def test_every_hook_lends_the_installed_torch(backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "version.py").touch()
+    (tmp_path / "torch" / "version.py").write_text("from typing import Optional\n__version__ = '2.13.0+cpu'\n")
     monkeypatch.setattr(backend, "_site_packages", lambda: [str(tmp_path)])
     assert backend.get_requires_for_build_wheel() == []
     assert backend.get_requires_for_build_editable() == []
@@ -263,7 +263,13 @@ def test_every_hook_lends_the_installed_torch(backend, tmp_path: Path, monkeypat
         assert seen[-1] == str(tmp_path), hook
 
 
-def test_torch_is_asked_for_where_there_is_none(backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", [None, "2.9.1", "1.13.0"])
+def test_torch_is_asked_for_where_there_is_none_or_an_old_one(
+    backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None
+) -> None:
+    if version is not None:
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "version.py").write_text(f"__version__ = '{version}'\n")
     monkeypatch.setattr(backend, "_site_packages", lambda: [str(tmp_path)])
     assert backend.get_requires_for_build_wheel() == ["torch>=2.13"]
     assert backend.get_requires_for_build_editable() == ["torch>=2.13"]

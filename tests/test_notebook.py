@@ -66,6 +66,11 @@ def test_a_run_comes_out(run: tuple[nbformat.NotebookNode, Path]) -> None:
     assert "Traceback" not in printed
 
 
+def test_what_is_installed_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(CellExecutionError, match="no archive and no folder"):
+        executed(filled(SOURCE="nowhere.zip"), tmp_path)
+
+
 def test_a_failed_command_stops_it(tmp_path: Path) -> None:
     """What follows would only hide why."""
     notebook = filled(OPTIONS="--epochs many")

@@ -45,6 +45,9 @@ class APGD(Attack):
         restarts: independent starts, of which later ones see what still stands.
         start: number of the first of them, which selects its random numbers.
 
+    Raises:
+        ValueError: a value that is out of its range, or values that exclude each other.
+
     Source: Croce and Hein 2020, Reliable evaluation of adversarial robustness with an ensemble of diverse
     parameter-free attacks.
     """

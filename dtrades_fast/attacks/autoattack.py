@@ -25,6 +25,12 @@ class AutoAttack(Attack):
         epsilon: radius of the ball in pixel units.
         norm: ``"linf"`` or ``"l2"``.
         classes: number of classes of the model, at least 4; the targeted attacks go for 9 wrong ones, or all there are.
+
+    Raises:
+        ValueError: a value that is out of its range, or values that exclude each other.
+
+    Source: Croce and Hein 2020, Reliable evaluation of adversarial robustness with an ensemble of diverse
+    parameter-free attacks.
     """
 
     epsilon: float

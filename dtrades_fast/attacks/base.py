@@ -49,6 +49,10 @@ class Attack(ABC):
             labels: [N], int64: the true classes, or the classes to reach for a targeted attack.
             index: [N], int64, each sample's index for its random numbers; 0..N-1 if not given.
             key: the stream of random numbers, see :func:`dtrades_fast.rng.key`.
+
+        Raises:
+            TypeError: images are not floating point, or labels not int64.
+            ValueError: a shape is another one.
         """
         check_images(images, labels)
         if index is None:

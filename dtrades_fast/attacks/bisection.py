@@ -28,6 +28,9 @@ class Bisection(Attack):
         steps: of each run.
         loss: of APGD: ``"dlr"``, which needs 3 classes, or ``"ce"``, which pulls towards all wrong classes at once and
             so needs larger balls where there are several.
+
+    Raises:
+        ValueError: a value that is out of its range, or values that exclude each other.
     """
 
     cap: float

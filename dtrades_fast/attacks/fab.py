@@ -44,6 +44,9 @@ class FAB(Attack):
         eta: how far a step goes, 1 for the boundary itself.
         beta: share of the perturbation that is kept when the model is fooled.
 
+    Raises:
+        ValueError: a value that is out of its range, or values that exclude each other.
+
     Source: Croce and Hein 2020, Minimally distorted adversarial examples with a fast adaptive boundary attack; the
     targeted version is of Croce and Hein 2020, Reliable evaluation of adversarial robustness with an ensemble of
     diverse parameter-free attacks.

@@ -36,6 +36,9 @@ class FMN(Attack):
         step_size: first ``alpha``, an L2 norm in pixel units for either ``norm``.
         gamma: first relative change of the radius.
 
+    Raises:
+        ValueError: a value that is out of its range, or values that exclude each other.
+
     Source: Pintor, Roli, Brendel and Biggio 2021, Fast minimum-norm adversarial attacks through adaptive norm
     constraints.
     """

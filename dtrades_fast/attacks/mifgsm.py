@@ -28,6 +28,9 @@ class MIFGSM(Attack):
         decay: of the momentum, >= 0; 0 is iterative FGSM.
         norm: ``"linf"`` (steps along the sign of ``m``) or ``"l2"`` (along ``m / ||m||_2``).
 
+    Raises:
+        ValueError: a value that is out of its range, or values that exclude each other.
+
     Source: Dong et al. 2018, Boosting adversarial attacks with momentum.
     """
 

@@ -39,6 +39,11 @@ class PGD(Attack):
         stop_early: a sample ends at the first image that fools the model (the start included, unless it is Gaussian and
             may lie outside of ball and box) and leaves the batch: never weaker than the last image alone, which is what
             PGD's accuracy is usually taken at. Samples that are never fooled keep their last image.
+
+    Raises:
+        ValueError: a value that is out of its range, or values that exclude each other.
+
+    Source: Madry et al. 2018, Towards deep learning models resistant to adversarial attacks.
     """
 
     epsilon: float

@@ -49,6 +49,9 @@ class Square(Attack):
         restarts: independent starts, of which later ones see what still stands.
         start: number of the first of them, which selects its random numbers.
 
+    Raises:
+        ValueError: a value that is out of its range, or values that exclude each other.
+
     Source: Andriushchenko et al. 2020, Square Attack: a query-efficient black-box adversarial attack via random search.
     """
 

@@ -181,7 +181,10 @@ class DTRADES(Defense):
     def _calibrate(self) -> None:
         """The one time that the host reads what the device has computed."""
         if not self._recent:
-            raise RuntimeError("nothing to calibrate lambda with: training began behind the warm-up")
+            raise RuntimeError(
+                "nothing to calibrate lambda with: training began behind the warm-up. Begin at epoch 0, or give "
+                "lambda_alpha and lambda_beta"
+            )
         samples, entropy, sensitivity = processes.total(torch.stack(tuple(self._recent)).sum(0)).tolist()
         if not (entropy > 0 and sensitivity > 0):
             raise RuntimeError(

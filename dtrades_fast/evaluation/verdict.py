@@ -6,7 +6,7 @@ strongest attack with gradients leaves; a larger ball that is harder to attack; 
 allowed; a loss that saturates; and single steps that fail although many steps succeed.
 
 The figures are taken on a few correctly classified points, the thresholds stand in :data:`RULES`, and what they were
-set from in ``docs/masking.md``.
+set from in ``docs/evaluation.md``.
 """
 
 from __future__ import annotations

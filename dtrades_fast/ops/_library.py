@@ -1,7 +1,7 @@
 """Finds the compiled kernels and decides which implementation serves a tensor.
 
 ``DTRADES_FAST_BACKEND`` selects: ``auto`` (default: the kernels where they are compiled for the tensor's device, else
-the pure-PyTorch twins), ``cpp`` (the kernels, an error without them) or ``reference`` (the twins).
+the pure-PyTorch twins), ``cpp`` (the kernels, an error without those for the CPU) or ``reference`` (the twins).
 """
 
 from __future__ import annotations

@@ -109,7 +109,11 @@ class RunFolder:
         if self.env.is_file():
             first = json.loads(self.env.read_text())
             if first["data"] != env["data"]:
-                raise ValueError(f"the data set differs from the one that run {self.path} was started with")
+                raise ValueError(
+                    f"the data set differs from the one that run {self.path} was started with "
+                    f"({env['data']} here, {first['data']} in {self.env.name}): give it the same images with "
+                    "--data-root, or choose another --run"
+                )
             changed = {name: value for name, value in env.items() if first.get(name) != value}
             env = {**first, "resumed": [*first.get("resumed", []), changed]}
         checkpoint.write_text(self.env, json.dumps(env, indent=2) + "\n")
