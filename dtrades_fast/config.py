@@ -442,16 +442,23 @@ def parse(argv: Sequence[str], prog: str = "dtrades-fast train") -> Config:
         ValueError: a recipe, preset, option or value that is not possible.
         SystemExit: with status 2 for an unknown flag or a value of the wrong type, 0 for ``--help``.
     """
-    config = _parse(argv, prog, {})
+    defaults, config = _parse(argv, prog, {})
     stored = config.folder / "config.yaml"
     if config.run.resume and stored.is_file():
-        config = _parse(argv, prog, {str(stored): read_yaml(stored)})
+        defaults, config = _parse(argv, prog, {str(stored): read_yaml(stored)})
+    if config.attack.norm != defaults.attack.norm and not any(word.partition("=")[0] == "--epsilon" for word in argv):
+        raise ValueError(L2_NEEDS_EPSILON)
     config.check()
     return config
 
 
-def _parse(argv: Sequence[str], prog: str, layers: dict[str, dict[str, Any]]) -> Config:
-    """``layers``: values by the name of the file that they come from, the later ones first."""
+def _parse(argv: Sequence[str], prog: str, layers: dict[str, dict[str, Any]]) -> tuple[Config, Config]:
+    """The options without those of the command line, and with them.
+
+    Args:
+        argv: of the command line, like ``prog``.
+        layers: values by the name of the file that they come from, the later ones first.
+    """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("recipe", "preset", "method"):
         early.add_argument(f"--{name}")
@@ -467,15 +474,7 @@ def _parse(argv: Sequence[str], prog: str, layers: dict[str, dict[str, Any]]) ->
     for source, values in layers.items():
         config = _apply(config, values, method, source)
     config.defense.method = method
-    made = _cli(config, argv, prog)
-    threats = [(each.attack.norm, each.attack.epsilon) for each in (config, made)]
-    if threats[0][0] != threats[1][0] and threats[0][1] == threats[1][1] and not any(_is_epsilon(w) for w in argv):
-        raise ValueError(L2_NEEDS_EPSILON)
-    return made
-
-
-def _is_epsilon(word: str) -> bool:
-    return word.partition("=")[0] == "--epsilon"
+    return config, _cli(config, argv, prog)
 
 
 def _profile(kind: Literal["recipe", "preset"], name: str) -> dict[str, Any]:
@@ -527,7 +526,10 @@ def _apply(config: Config, values: Mapping[str, Any], method: str, source: str) 
     given = [name for part in (values, *sections.values()) for name in part if name != "methods"]
     if unknown := [name for name in given if name not in known]:
         raise ValueError(f"{source} has unknown options {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    return _cli(config, words(plain), source)
+    made = _cli(config, words(plain), source)
+    if made.attack.norm != config.attack.norm and config.attack.epsilon is not None and "epsilon" not in plain:
+        raise ValueError(f"{source}: {L2_NEEDS_EPSILON}")
+    return made
 
 
 def option_names() -> list[str]:

@@ -145,8 +145,14 @@ def test_a_norm_has_a_radius_of_its_own(tmp_path: Path) -> None:
     file.write_text("norm: l2\nepsilon: '0.5'\n")
     assert parse(["--preset", str(file)]).attack.norm == "l2"
     file.write_text("norm: l2\n")
-    with pytest.raises(ValueError, match="--norm needs --epsilon with it"):
-        parse(["--preset", str(file)])
+    for words in (["--preset", str(file)], ["--recipe", "trades-cifar10", "--preset", str(file)]):
+        with pytest.raises(ValueError, match="--norm needs --epsilon with it"):
+            parse(words)
+    (tmp_path / "one").mkdir()
+    stored = parse(["--norm", "l2", "--epsilon", "0.5"]).resolved("0.3").to_yaml()
+    (tmp_path / "one" / "config.yaml").write_text(stored)
+    again = parse(["--resume", "--run", "one", "--runs-dir", str(tmp_path), "--norm", "l2"])
+    assert (again.attack.norm, again.attack.epsilon) == ("l2", "0.5")
 
 
 def test_what_is_hardly_meant_is_said() -> None:

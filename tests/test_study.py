@@ -170,7 +170,9 @@ def test_weights_that_others_start_from_are_trained_again(
     assert cli.main(["study", *words, "--cells", first.name]) == 0
     folder = RunFolder(runs / first.name)
     metrics, evaluation = folder.read_metrics(), folder.evaluation.read_text()
-    folder.best_weights.unlink()
+    weights = folder.best_weights.read_bytes()
+    for path in (folder.best_weights, folder.best):
+        path.unlink()
     assert cli.main(["study", *words, "--cells", first.name]) == 0
     assert not folder.best_weights.exists()  # nobody needs them
     capsys.readouterr()
@@ -180,18 +182,59 @@ def test_weights_that_others_start_from_are_trained_again(
     assert folder.evaluation.read_text() == evaluation
     assert [line["train"] for line in folder.read_metrics()] == [line["train"] for line in metrics]
     assert "resumed" not in json.loads(folder.env.read_text())  # it began anew
+    assert folder.best_weights.read_bytes() == weights
     # Weights of another kind of machine: what was evaluated does not count any more.
     record = json.loads(evaluation)
     for entry in record["evaluations"]:
         entry["weights_sha256"] = "0" * 64
     folder.evaluation.write_text(json.dumps(record))
     (runs / second.name / "cell.json").unlink()
-    folder.best_weights.unlink()
+    for path in (folder.best_weights, folder.best):
+        path.unlink()
     assert cli.main(["study", *words, "--cells", second.name]) == 0
     again = json.loads(folder.evaluation.read_text())["evaluations"]
     assert [entry["weights_sha256"] for entry in again] == [
         entry["weights_sha256"] for entry in json.loads(evaluation)["evaluations"]
     ]
+
+
+def test_weights_come_back_from_checkpoints(study: Study, tmp_path: Path, images: Path) -> None:
+    """Without training."""
+    runs, cell = tmp_path / "runs", study.cells[0]
+    cells.run(cell, runs, MACHINE)
+    folder = RunFolder(runs / cell.name)
+    kept = {path: path.read_bytes() for path in (folder.weights, folder.best_weights, folder.metrics)}
+    more = read(study_file(tmp_path, images, FILE + "  - {{attacks: pgd2, checkpoint: last}}\n")).cells[0]
+    for path in (folder.weights, folder.best_weights):
+        path.unlink()
+    cells.run(more, runs, MACHINE)
+    assert look(more, runs).status == "done"
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_a_cell_that_is_stopped_in_its_first_epoch_goes_on(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before there is a best one; again and again, and what is half trained never counts as trained."""
+    cell, folder, train_step, steps = study.cells[0], RunFolder(tmp_path / study.cells[0].name), Trainer.train_step, []
+
+    def signalled(trainer: Trainer, network: torch.nn.Module) -> None:
+        steps.append(trainer.step)
+        os.kill(os.getpid(), signal.SIGTERM)
+        train_step(trainer, network)
+
+    monkeypatch.setattr(Trainer, "train_step", signalled)
+    for stops in range(1, 5):
+        with pytest.raises(Interrupted):
+            cells.run(cell, tmp_path, MACHINE)
+        assert steps == list(range(stops))
+        assert not kept(tmp_path, cell.name)["trained"]
+    assert len(folder.read_metrics()) == 1  # of three steps
+    for path in (folder.best_weights, folder.best):
+        path.unlink()
+    with pytest.raises(Interrupted):
+        cells.run(cell, tmp_path, MACHINE)
+    assert steps[-1] == 0  # the best epoch's weights are gone for good
 
 
 def test_a_new_evaluation_is_made_up_for(study: Study, tmp_path: Path, images: Path) -> None:
@@ -262,6 +305,9 @@ def test_two_processes_at_one_cell(study: Study, tmp_path: Path, images: Path) -
         grid.trained[cell.name] = set()
         grid._ended(cell, command.BUSY)
         assert not grid.failed
+        assert grid.step()  # it waits
+        assert not grid.failed
+        assert not grid.jobs
     assert cli.main(words) == 0
     assert look(cell, runs).status == "done"
 

@@ -461,15 +461,33 @@ def test_an_evaluation_more_of_one_run_takes_nothing_from_the_others(
 
     def change(cell: Cell, folder: Path) -> None:
         if cell.seed == 0 and cell.method == "trades":
-            add_records(folder, of_attack(cell, "autoattack"))
+            attacks = {name: {"ra": 0.1, "correct": flags(4)} for name in ("autoattack", "square", "apgd-t")}
+            add_records(folder, {**of_attack(cell, "autoattack"), "attacks": attacks})
 
     (group,) = changed(study, runs, tmp_path / "runs", change).groups
     assert group.bases == found.groups[0].bases
     assert accuracies(group, "main", "last") == accuracies(found.groups[0], "main", "last")
     other = tables.other_attacks(group, "last", group.bases["last"])
     assert other is not None
-    assert [row[1:] for row in other.rows if row[0] == "TRADES (beta 4)"] == [["autoattack", "10.0", "27.5", "1"]]
+    assert [row[1:] for row in other.rows if row[0] == "TRADES (beta 4)"] == [
+        [name, "10.0", "27.5", "1"] for name in ("autoattack", "square", "apgd-t")
+    ]
     assert tables.comparison(group, "dtrades", "last") == tables.comparison(found.groups[0], "dtrades", "last")
+    (trades,) = [row for row in group.rows if row.name == "TRADES (beta 4)"]
+    points = comparisons.per_point(trades.results[0], "last", group.bases["last"], "RA square")
+    assert points is not None
+    assert points.mean() == 10
+
+
+def test_a_damaged_start_leaves_the_report(study: Study, runs: Path, tmp_path: Path) -> None:
+    def change(cell: Cell, folder: Path) -> None:
+        if cell.name == study.cells[-1].start:
+            (folder / "metrics.jsonl").write_text("{\n" + (folder / "metrics.jsonl").read_text())
+
+    made = changed(study, runs, tmp_path / "runs", change)
+    assert [name for name, state in made.states.items() if state.status == "failed"] == [study.cells[-1].start]
+    (faal,) = [row for row in made.groups[0].rows if row.method == "faal"]
+    assert [result.before for result in faal.results.values()].count(None) == 1
 
 
 def test_a_seed_without_the_evaluation_is_left_out(study: Study, runs: Path, tmp_path: Path) -> None:

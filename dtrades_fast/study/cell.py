@@ -20,10 +20,10 @@ from dtrades_fast.evaluation import evaluate
 from dtrades_fast.evaluation.record import stored
 from dtrades_fast.study.grid import Cell
 from dtrades_fast.training import trainer
-from dtrades_fast.training.checkpoint import write_text
+from dtrades_fast.training.checkpoint import load_state, write_text
 from dtrades_fast.training.run_folder import RunFolder
 
-__all__ = ["BusyError", "Machine", "State", "can_go_on", "is_trained", "look", "reopen", "run"]
+__all__ = ["BusyError", "Epochs", "Machine", "State", "can_go_on", "epochs", "is_trained", "look", "reopen", "run"]
 
 VERSION = 1  #: of cell.json
 BEAT_SECONDS = 10.0  #: between signs of life
@@ -93,13 +93,13 @@ def _go_on(cell: Cell, runs_dir: Path, folder: RunFolder, machine: Machine) -> N
     record = Record(cell, folder)
     try:
         with _beating(folder) as beat:
-            if not folder.best_weights.is_file():
-                record.trained = False
-                if not folder.best.is_file():  # from which they could be written again
-                    folder.last.unlink(missing_ok=True)  # from which training could find itself finished
-                    folder.env.unlink(missing_ok=True)  # it begins anew, perhaps elsewhere
+            if not (folder.weights.is_file() and folder.best_weights.is_file()):
+                record.note_untrained()
             if not record.trained:
                 beat("training")
+                if not folder.last.is_file() or _best_is_lost(folder):  # it begins anew, perhaps elsewhere
+                    folder.last.unlink(missing_ok=True)
+                    folder.env.unlink(missing_ok=True)
                 trainer.train(cell.config(runs_dir, "--resume", *machine.words))
                 record.note_trained()
             while (options := _next_evaluation(cell, runs_dir, record.evaluated)) is not None:
@@ -116,6 +116,13 @@ def _go_on(cell: Cell, runs_dir: Path, folder: RunFolder, machine: Machine) -> N
         record.note("done")
 
 
+def _best_is_lost(folder: RunFolder) -> bool:
+    """Whether there was a best epoch and nothing has its weights, so that going on could not make them."""
+    if folder.best.is_file() or folder.best_weights.is_file():
+        return False
+    return load_state(folder.last)["best"] is not None
+
+
 class Record:
     """``cell.json`` of a cell that is run: what was asked for, what is done, and how it ended."""
 
@@ -125,6 +132,11 @@ class Record:
         self.trained = bool(kept.get("trained"))
         self.evaluated: list[Any] = kept.get("evaluated", [])
         self.seconds = float(kept.get("seconds", {}).get("evaluation", 0.0))  # of evaluations
+        self.note("begun")
+
+    def note_untrained(self) -> None:
+        """Write that its weights are still to come, before the first of them are there."""
+        self.trained = False
         self.note("begun")
 
     def note_trained(self) -> None:
@@ -154,7 +166,7 @@ class Record:
             "asked": self.cell.asked(),
             "trained": self.trained,
             "evaluated": self.evaluated,
-            "seconds": {"training": _epochs(self.folder).seconds, "evaluation": self.seconds},
+            "seconds": {"training": epochs(self.folder).seconds, "evaluation": self.seconds},
             "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()) if status == "done" else None,
             "error": error,
         }
@@ -218,7 +230,7 @@ def is_trained(name: str, runs_dir: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class _Epochs:
+class Epochs:
     """Of ``metrics.jsonl``: how many, their seconds, and NA and RA of validation after the last one."""
 
     count: int = 0
@@ -226,21 +238,26 @@ class _Epochs:
     validation: tuple[float, float] | None = None
 
 
-def _epochs(folder: RunFolder) -> _Epochs:
+def epochs(folder: RunFolder) -> Epochs:
+    """What is trained so far.
+
+    Raises:
+        RuntimeError: ``metrics.jsonl`` is damaged.
+    """
     if not folder.metrics.is_file():
-        return _Epochs()
+        return Epochs()
     status = folder.metrics.stat()
     return _epochs_read(folder.path, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=4096)
-def _epochs_read(path: Path, mtime_ns: int, size: int) -> _Epochs:
+def _epochs_read(path: Path, mtime_ns: int, size: int) -> Epochs:
     """Read once per state of the file: a study looks at all its cells every few seconds."""
     lines = RunFolder(path).read_metrics()
     if not lines:
-        return _Epochs()
+        return Epochs()
     last = lines[-1]["validation"]
-    return _Epochs(len(lines), float(sum(line["seconds"] for line in lines)), (last["na"], last["ra"]))
+    return Epochs(len(lines), float(sum(line["seconds"] for line in lines)), (last["na"], last["ra"]))
 
 
 def look(cell: Cell, runs_dir: Path) -> State:
@@ -253,7 +270,7 @@ def look(cell: Cell, runs_dir: Path) -> State:
     state = _kept(folder)
     check(cell, runs_dir)
     try:
-        found = _epochs(folder)
+        found = epochs(folder)
     except RuntimeError as error:  # one damaged cell stops no other
         return State("failed", str(error), epochs=cell.epochs)
     about: dict[str, Any] = {
@@ -290,9 +307,9 @@ def check(cell: Cell, runs_dir: Path) -> None:
             f"{runs_dir / cell.name} was trained with other options than the study asks for now "
             f"({'; '.join(differences)}): choose another --runs-dir, or move that folder away"
         )
-    weights = RunFolder(runs_dir / cell.name).best_weights
-    missing = _missing(cell, state["evaluated"])
-    if state["status"] == "done" and missing and not weights.is_file():
+    folder, missing = RunFolder(runs_dir / cell.name), _missing(cell, state["evaluated"])
+    weights = folder.best_weights
+    if state.get("trained") and missing and not (weights.is_file() or folder.best.is_file()):
         raise ValueError(
             f"{runs_dir / cell.name} is finished but for the evaluation {missing[0]}, which needs its weights, and "
             f"{weights.name} is not there: put it there, or move the folder away to train again"

@@ -134,8 +134,13 @@ def at_equal_accuracy(ours: Curve, theirs: Curve, drawn: NDArray[np.float64]) ->
     return statistics.difference_of_fronts(ours.points(drawn), theirs.points(drawn), steps=50)
 
 
+def have_weights(*curves: Curve) -> bool:
+    """Whether all settings have a weight that has a logarithm."""
+    return all(bool((curve.weights > 0).all()) for curve in curves)
+
+
 def at_equal_weight(ours: Curve, theirs: Curve, drawn: NDArray[np.float64]) -> float | None:
-    if not (ours.weights > 0).all() or not (theirs.weights > 0).all():
+    if not have_weights(ours, theirs):
         return None
     return statistics.difference_at_weight(ours.by_weight(drawn), theirs.by_weight(drawn))
 
@@ -149,6 +154,8 @@ def ranges(ours: Sequence[Curve], theirs: Sequence[Curve]) -> str:
 def by_setting(ours: Sequence[Curve], theirs: Sequence[Curve]) -> str:
     """What the mean over the settings is made of: each one's difference at its weight, and those that are left out."""
     kept, beyond = [], []
+    if not have_weights(*ours, *theirs):
+        return ""
     for setting, weights in enumerate(np.array([curve.weights for curve in ours]).T):
         uniform = [np.full(curve.natural.shape[1], 1 / curve.natural.shape[1]) for curve in ours]
         differences = {

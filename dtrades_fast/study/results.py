@@ -132,26 +132,27 @@ class Result:
         """The evaluations with attacks."""
         return [r for r in self.records if r["checkpoint"] == checkpoint and r["attacks"]]
 
-    def attacks(self, checkpoint: Checkpoint) -> dict[Conditions, list[str]]:
-        """By the conditions under which it was attacked: by what, in the evaluation with the most attacks."""
-        found: dict[Conditions, list[str]] = {}
+    def attacks(self, checkpoint: Checkpoint) -> dict[Conditions, list[tuple[str, ...]]]:
+        """By the conditions under which it was attacked: by what, in each evaluation."""
+        found: dict[Conditions, list[tuple[str, ...]]] = {}
         for record in self.attacked(checkpoint):
-            place, names = conditions(record), list(record["attacks"])
-            if len(names) > len(found.get(place, ())):
-                found[place] = names
+            found.setdefault(conditions(record), []).append(tuple(record["attacks"]))
         return found
 
-    def record(self, checkpoint: Checkpoint, basis: Basis) -> dict[str, Any] | None:
-        """The evaluation on the points and at the radius of the basis, by its attacks at least."""
+    def record(
+        self, checkpoint: Checkpoint, basis: Basis, attacks: Sequence[str] | None = None
+    ) -> dict[str, Any] | None:
+        """The evaluation on the points and at the radius of the basis, by these attacks at least, else by its own."""
+        needed = set(basis.attacks if attacks is None else attacks)
         for record in self.attacked(checkpoint):
-            if conditions(record) == basis.conditions and set(basis.attacks) <= set(record["attacks"]):
+            if conditions(record) == basis.conditions and needed <= set(record["attacks"]):
                 return record
         return None
 
     def standing(self, checkpoint: Checkpoint, basis: Basis, attacks: Sequence[str]) -> NDArray[np.bool_] | None:
         """Points that are classified correctly under all of these attacks, [points]; without attacks the clean ones."""
-        record = self.record(checkpoint, basis)
-        if record is None or any(name not in record["attacks"] for name in attacks):
+        record = self.record(checkpoint, basis, attacks)
+        if record is None:
             return None
         return np.all([flags(record["correct"]), *(flags(record["attacks"][n]["correct"]) for n in attacks)], axis=0)
 
@@ -259,13 +260,16 @@ class Group:
             for norm in NORMS
         }
         norms = {norm: max(n, key=lambda key: (n[key], len(key[0]))) for norm, n in searches.items() if n}
-        attacked: dict[Conditions, list[list[str]]] = {}  # by run
+        attacked: dict[Conditions, list[list[tuple[str, ...]]]] = {}  # of each run, by evaluation
         for result in results:
             for place, attacks in result.attacks(checkpoint).items():
                 attacked.setdefault(place, []).append(attacks)
         found = []
         for (epsilon, norm, ids), theirs in attacked.items():
-            common = tuple(name for name in theirs[0] if all(name in attacks for attacks in theirs))
+            counts = Counter(names for run in theirs for names in set(run))
+            usual = max(counts, key=lambda names: (counts[names], len(names)))
+            chosen = [max(run, key=lambda names: len(set(names) & set(usual))) for run in theirs]
+            common = tuple(name for name in usual if all(name in names for names in chosen))
             found.append((len(theirs), len(common), len(ids), Basis(epsilon, norm, ids, common, norms)))
         return [basis for *_, basis in sorted(found, key=lambda one: one[:3], reverse=True)]
 
@@ -335,12 +339,12 @@ def _before(study: Study, cell: Cell, runs_dir: Path) -> tuple[float | None, int
     epochs = 0
     while cell.start is not None:
         cell = study[cell.start]
-        lines = RunFolder(runs_dir / cell.name).read_metrics()
-        if len(lines) < cell.epochs:
-            seconds = None
-        if seconds is not None:
-            seconds += sum(line["seconds"] for line in lines)
         epochs += cell.epochs
+        try:
+            done = cells.epochs(RunFolder(runs_dir / cell.name))
+        except RuntimeError:  # damaged, which the cell itself says
+            done = cells.Epochs()
+        seconds = seconds + done.seconds if seconds is not None and done.count >= cell.epochs else None
     return seconds, epochs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import shlex
 import signal
 import sys
@@ -114,14 +115,16 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 def run_here(unfinished: Sequence[Cell], options: Options) -> int:
     """Run cells one after the other in this process; the first failure is raised."""
-    machine = Machine(options.device, options.threads, options.data_root)
-    while ready := [cell for cell in unfinished if cells.can_go_on(cell, options.runs)]:
+    machine, busy = Machine(options.device, options.threads, options.data_root), set[str]()
+    while ready := [c for c in unfinished if c.name not in busy and cells.can_go_on(c, options.runs)]:
         for cell in ready:
             try:
                 cells.run(cell, options.runs, machine)
             except cells.BusyError as error:
                 print(error, file=sys.stderr)
-                return BUSY
+                busy.add(cell.name)
+    if busy:
+        return BUSY
     waiting = [cell for cell in unfinished if cells.look(cell, options.runs).status != "done"]
     for cell in waiting:
         print(f"{cell.name} waits for {', '.join(cell.needs)} to be trained; run it again then")
@@ -226,6 +229,7 @@ class Drive:
         jobs: by the name of their cell.
         trained: of the cells that each job's cell needs, those that were trained when the job was started.
         failed: why cells failed, by name.
+        busy: when another process was found at a cell, by its name.
     """
 
     study: Study
@@ -235,6 +239,7 @@ class Drive:
     jobs: dict[str, Job] = field(default_factory=dict)
     trained: dict[str, set[str]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    busy: dict[str, float] = field(default_factory=dict)
     states: dict[str, State] = field(default_factory=dict)
 
     def step(self) -> bool:
@@ -251,7 +256,8 @@ class Drive:
                 words = command(self.options, cell, threads)
                 self.trained[cell.name] = self._trained_needs(cell)
                 self.jobs[cell.name] = self.executor.start(cell.name, words, self._log(cell))
-        if not self.jobs and not any(state.status == "running" for state in self.states.values()):
+        elsewhere = any(state.status == "running" or self._is_busy(name) for name, state in self.states.items())
+        if not self.jobs and not elsewhere:
             self._give_up(open_cells)
         return bool(self.jobs or open_cells)
 
@@ -284,9 +290,13 @@ class Drive:
 
     def _is_ready(self, cell: Cell) -> bool:
         """Whether it can be started; one that failed in an earlier call is tried again."""
-        if cell.name in self.jobs or self.states[cell.name].status == "running":
+        if cell.name in self.jobs or self.states[cell.name].status == "running" or self._is_busy(cell.name):
             return False
         return cells.can_go_on(cell, self.options.runs)
+
+    def _is_busy(self, name: str) -> bool:
+        """Whether another process was found at the cell so lately that its sign of life may still be to come."""
+        return time.monotonic() - self.busy.get(name, -math.inf) < cells.DEAD_SECONDS
 
     def _give_up(self, stuck: Sequence[Cell]) -> None:
         """Nothing runs and nothing can be started: say so rather than wait for ever."""
@@ -299,6 +309,8 @@ class Drive:
     def _ended(self, cell: Cell, status: int) -> None:
         """Note that it failed; with status 0, it may have found that it must wait for others' networks."""
         state = cells.look(cell, self.options.runs)
+        if status == BUSY:
+            self.busy[cell.name] = time.monotonic()
         if state.status == "done" or status == BUSY:
             return
         news = self._trained_needs(cell) - self.trained[cell.name]  # trained while it ran, perhaps after it had looked

@@ -113,7 +113,7 @@ def other_attacks(group: Group, checkpoint: Checkpoint, basis: Basis) -> Table |
             both = [(seed[name], seed["RA worst"]) for seed in seeds if name in seed and "RA worst" in seed]
             if both:
                 figures_of = [mean_and_deviation(values) for values in zip(*both, strict=True)]
-                lines.append([row.name, name.removeprefix("RA "), *figures_of, str(len(both))])
+                lines.append([row.marked(checkpoint), name.removeprefix("RA "), *figures_of, str(len(both))])
     if not lines:
         return None
     caption = (
@@ -121,7 +121,8 @@ def other_attacks(group: Group, checkpoint: Checkpoint, basis: Basis) -> Table |
         f"({', '.join(basis.attacks)}) of the same runs, in %."
     )
     header = ["method", "attack", "RA", "RA worst of the same runs", "runs"]
-    return Table(slug(f"{group.protocol}-{group.name}-other-attacks-{checkpoint}"), caption, header, lines)
+    name = slug(f"{group.protocol}-{group.name}-other-attacks-{checkpoint}")
+    return Table(name, caption + mark_explained(lines), header, lines)
 
 
 def transfers(group: Group, checkpoint: Checkpoint) -> Table | None:

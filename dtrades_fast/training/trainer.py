@@ -217,11 +217,12 @@ class Trainer:
                         self.progress.print(f"  compiled   with the first step, in {duration(seconds)}")
                     if len(timed) > MEASURED_STEPS:
                         self.expect(sum(timed[1:]) / MEASURED_STEPS)
+                masked = self.looks_masked()
                 if ends_epoch:
                     self.end_epoch(epoch + 1, lr)
                     saved_at = time.monotonic()
-                if self.config.attack.on_masking == "stop" and (not self.reading_waits or self.step % LOOK_STEPS == 0):
-                    self.check_masking()  # behind the end of an epoch, whose metrics a saved state belongs to
+                if masked and self.step < self.total_steps:
+                    self.stop_masked(masked)  # behind the end of an epoch, whose metrics a saved state belongs to
                 due = time.monotonic() - saved_at >= 60 * self.config.run.checkpoint_minutes
                 stopping, due = processes.any_of(bool(stop), due)
                 if not ends_epoch and (stopping or due):
@@ -359,15 +360,20 @@ class Trainer:
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
             self.fail(self.step, "gradients overflow in float16 whatever the loss is scaled by")
 
-    def check_masking(self) -> None:
-        """Stop while the alarm is on, as ``--on-masking stop`` asks; the state is saved for a look at it."""
-        if message := self.monitor.message():
-            self.check_state()
-            self.save(self.folder.last)
-            raise TrainingError(
-                f"training stopped at step {self.step} of {self.total_steps}: {message}. The state is saved in "
-                f"{self.folder.last}. Start again: {MASKED}"
-            )
+    def looks_masked(self) -> str:
+        """Why training is to be stopped, empty if it is not; on a GPU the host looks from time to time."""
+        if self.config.attack.on_masking != "stop" or (self.reading_waits and self.step % LOOK_STEPS):
+            return ""
+        return self.monitor.message()
+
+    def stop_masked(self, why: str) -> NoReturn:
+        """As ``--on-masking stop`` asks; the state is saved for a look at it."""
+        self.check_state()
+        self.save(self.folder.last)
+        raise TrainingError(
+            f"training stopped at step {self.step} of {self.total_steps}: {why}. The state is saved in "
+            f"{self.folder.last}. Start again: {MASKED}"
+        )
 
     def fail(self, step: int, what: str) -> NoReturn:
         at = f"step {step} of {self.total_steps} (epoch {(step - 1) // len(self.batches) + 1})"
@@ -504,9 +510,13 @@ class Trainer:
         self.defense.load_state_dict(self.on_device(state["defense"]))
 
     def restore_weights(self) -> None:
-        """Write the files of weights again, from the checkpoints, where they are gone."""
-        for path, saved in ((self.folder.weights, self.folder.last), (self.folder.best_weights, self.folder.best)):
-            if not path.is_file() and saved.is_file():
+        """Write the weights of the last and of the best epoch again, from the checkpoints, if their files are gone."""
+        epoch_ended = self.step % len(self.batches) == 0  # else last.pt has weights from within the next one
+        for path, saved, there in (
+            (self.folder.weights, self.folder.last, epoch_ended),
+            (self.folder.best_weights, self.folder.best, True),
+        ):
+            if there and not path.is_file() and saved.is_file():
                 state = checkpoint.load_state(saved)
                 averaged = state["ema"] or {}
                 averaged = {n.removeprefix(AVERAGED): value for n, value in averaged.items() if n.startswith(AVERAGED)}
@@ -718,7 +728,8 @@ def _train(config: Config, console: Console) -> RunFolder:
         elif config.model.init_weights is not None:
             trainer.load_initial_weights(config.model.init_weights)
         if first:
-            trainer.restore_weights()
+            if resuming:
+                trainer.restore_weights()
             folder.cut_metrics(trainer.step // len(trainer.batches))
             trainer.tracker.start(folder.read_metrics())
         if trainer.step == trainer.total_steps:
