@@ -40,6 +40,13 @@ def trainer(data: Path, tmp_path: Path, *options: str) -> Trainer:
     return Trainer(config, sets, RunFolder(config.folder), Console(file=io.StringIO()))
 
 
+def test_a_last_batch_of_one_image_is_refused_where_batchnorm_needs_more(data: Path, tmp_path: Path) -> None:
+    """Before anything is trained: 19 images in batches of 9, which VGG-16 shrinks to one pixel."""
+    with pytest.raises(ValueError, match=r"too few for the BatchNorm of vgg16 .* choose another --batch-size than 9"):
+        tiny_run.run(data, tmp_path, "--arch", "vgg16", "--batch-size", "9", "--run", "vgg")
+    tiny_run.run(data, tmp_path, "--arch", "resnet18", "--batch-size", "9", "--epochs", "1", "--run", "resnet")
+
+
 def test_run_folder(trained: tuple[RunFolder, str]) -> None:
     folder, _ = trained
     names = {path.name for path in folder.path.iterdir()}

@@ -148,7 +148,7 @@ def _fitting(threads: int) -> int:
 
 
 class _Checkpointable:
-    """What submitit runs: asked to make room, it stops the command, which saves its state, and is put in line again."""
+    """What submitit runs: asked to make room, it is put in line again, and goes on from the last checkpoint."""
 
     def __init__(self, command: Command, log: Path):
         self.command, self.log = list(command), log

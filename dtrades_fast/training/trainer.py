@@ -9,6 +9,7 @@ reads no tensor there. What must be read is summed up on the device and read now
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import signal
@@ -151,6 +152,8 @@ class Trainer:
                 f"the last batch of an epoch has {last} of {len(sets.train)} images, fewer than {processes.count()} "
                 f"processes: choose another --batch-size than {options.batch_size}"
             )
+        if last // processes.count() == 1:
+            self.check_single_image()
         self.threat = config.threat()
         self.defense = config.make_defense()
         if processes.count() > 1 and getattr(self.defense, "lambda_gradient", None) == "full":
@@ -183,6 +186,18 @@ class Trainer:
         self.attacked, self.validated = self.attack_networks()
         self.epoch_seconds = 0.0
         self.best: dict[str, float] | None = None  # epoch, na and ra of the best validation
+
+    def check_single_image(self) -> None:
+        """BatchNorm in training needs more than one value per channel, which VGG-16 has not of 16 x 16 pixels."""
+        try:
+            with torch.no_grad():
+                copy.deepcopy(self.model).train()(self.sets.train.images(slice(1)))
+        except ValueError as error:
+            raise ValueError(
+                f"the last batch of an epoch has one image per process, too few for the BatchNorm of "
+                f"{self.config.model.arch} on images of this size ({error}): choose another --batch-size than "
+                f"{self.config.optimization.batch_size}"
+            ) from error
 
     # The loop
 
