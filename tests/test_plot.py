@@ -390,7 +390,10 @@ def test_refusals(runs: dict[str, RunFolder], tmp_path: Path) -> None:
     shutil.copy(runs["trades"].config, young.config)
     with pytest.raises(FileNotFoundError, match="young has not finished its first epoch"):
         plot(options(young))
-    young.metrics.write_text('{"epoch": 1, "tr')
+    young.metrics.write_text('{"epoch": 1, "tr')  # is being written
+    with pytest.raises(FileNotFoundError, match="young has not finished its first epoch"):
+        plot(options(young))
+    young.metrics.write_text('{"epoch": 1, "tr\n')
     with pytest.raises(RuntimeError, match=r"metrics.jsonl is damaged .*--resume writes it again"):
         plot(options(young))
     assert not young.plots.exists()
