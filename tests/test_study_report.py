@@ -248,7 +248,7 @@ def by_weight(ours: list[int], theirs: list[float]) -> str:
     found = statistics.paired(
         dict(enumerate(100 / POINTS * np.array(ours))), dict(enumerate(100 / POINTS * np.array(theirs)))
     )
-    return f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}] at 2.8"
+    return f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}] at 2.75"
 
 
 def test_settings_of_a_method_make_a_front(found: Results) -> None:

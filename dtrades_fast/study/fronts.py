@@ -156,14 +156,15 @@ def by_setting(ours: Sequence[Curve], theirs: Sequence[Curve]) -> str:
     kept, beyond = [], []
     if not have_weights(*ours, *theirs):
         return ""
-    for setting, weights in enumerate(np.array([curve.weights for curve in ours]).T):
+    means = np.mean([curve.weights for curve in ours], axis=0)
+    for setting in np.argsort(means).tolist():
         uniform = [np.full(curve.natural.shape[1], 1 / curve.natural.shape[1]) for curve in ours]
         differences = {
             seed: float(found)
             for seed, (a, b, share) in enumerate(zip(ours, theirs, uniform, strict=True))
             if not np.isnan(found := statistics.differences_at_weight(a.by_weight(share), b.by_weight(share))[setting])
         }
-        weight = f"{weights.mean():.1f}"
+        weight = f"{means[setting]:.2f}"
         if not differences:
             beyond.append(weight)
             continue
