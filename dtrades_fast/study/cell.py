@@ -309,7 +309,7 @@ def check(cell: Cell, runs_dir: Path) -> None:
         )
     folder, missing = RunFolder(runs_dir / cell.name), _missing(cell, state["evaluated"])
     weights = folder.best_weights
-    if state.get("trained") and missing and not (weights.is_file() or folder.best.is_file()):
+    if state["status"] == "done" and missing and not (weights.is_file() or folder.best.is_file()):
         raise ValueError(
             f"{runs_dir / cell.name} is finished but for the evaluation {missing[0]}, which needs its weights, and "
             f"{weights.name} is not there: put it there, or move the folder away to train again"
