@@ -117,7 +117,7 @@ class Curve:
         share = np.full(self.natural.shape[1], 1 / self.natural.shape[1]) if drawn is None else drawn
         return [(float(na), float(ra)) for na, ra in 100 * np.stack([self.natural @ share, self.standing @ share], 1)]
 
-    def by_weight(self, drawn: NDArray[np.float64]) -> list[tuple[float, float]]:
+    def by_weight(self, drawn: NDArray[np.float64] | None = None) -> list[tuple[float, float]]:
         """Weight of the regularisation and robust accuracy in %."""
         return [(weight, ra) for weight, (_, ra) in zip(self.weights.tolist(), self.points(drawn), strict=True)]
 
@@ -157,13 +157,9 @@ def by_setting(ours: Sequence[Curve], theirs: Sequence[Curve]) -> str:
     if not have_weights(*ours, *theirs):
         return ""
     means = np.mean([curve.weights for curve in ours], axis=0)
+    of_all = [statistics.differences_at_weight(a.by_weight(), b.by_weight()) for a, b in zip(ours, theirs, strict=True)]
     for setting in np.argsort(means).tolist():
-        uniform = [np.full(curve.natural.shape[1], 1 / curve.natural.shape[1]) for curve in ours]
-        differences = {
-            seed: float(found)
-            for seed, (a, b, share) in enumerate(zip(ours, theirs, uniform, strict=True))
-            if not np.isnan(found := statistics.differences_at_weight(a.by_weight(share), b.by_weight(share))[setting])
-        }
+        differences = {i: float(each[setting]) for i, each in enumerate(of_all) if not np.isnan(each[setting])}
         weight = f"{means[setting]:.2f}"
         if not differences:
             beyond.append(weight)
