@@ -202,6 +202,29 @@ def test_a_single_step_without_a_second_gradient_is_not_judged_by_fosc() -> None
     assert not m.alarm
 
 
+def test_a_gradient_that_overflowed_is_left_out_of_the_epochs_means() -> None:
+    labels, x = torch.zeros(4, dtype=torch.long), torch.full((4, 1, 2, 2), 0.5)
+    logits = F.one_hot(labels, 10).double()
+
+    def summary(*gradients: Tensor) -> dict:
+        m = Monitor(10, 0.1, "cpu")
+        for g in gradients:
+            watch = Watch(x, 0.1, "linf")
+            watch(x, torch.ones_like(x))
+            adv = (x + 0.02).requires_grad_()
+            adv.grad = g
+            m.add(Crafted(adv, watch), Loss(torch.zeros(4), {}, logits, logits), labels, ONE)
+        return m.summary()
+
+    plain, overflowed = torch.ones_like(x), torch.full_like(x, torch.inf)
+    figures, alone = summary(plain, overflowed), summary(plain)
+    for name in ("fosc", "fosc_relative", "gradient_cosine"):
+        assert figures[name] == alone[name]
+    nothing = summary(overflowed)
+    assert "fosc" not in nothing
+    assert nothing["gradient_cosine"] is None
+
+
 def test_a_state_goes_on_to_the_same_judgement() -> None:
     whole, first = judged(0.8, 0.9, 0.45, 0.2), judged(0.8, 0.9, 0.45, 0.2)
     second = Monitor(10, 0.1, "cpu")

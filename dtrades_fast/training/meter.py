@@ -29,6 +29,14 @@ class Meter:
         self.latest[name] = v
         self.add_sums(name, torch.stack((torch.full_like(v[0], len(v)), v.sum(), v.square().sum(), v.min(), v.max())))
 
+    def add_finite(self, name: str, values: Tensor) -> None:
+        """Add those of one batch's values [N] that are finite; the others, and the latest batch, stay out."""
+        v = values.detach().double()
+        finite = v.isfinite()
+        kept = v.where(finite, 0)
+        low, high = v.where(finite, math.inf).min(), v.where(finite, -math.inf).max()
+        self.add_sums(name, torch.stack((finite.double().sum(), kept.sum(), kept.square().sum(), low, high)))
+
     def add_sums(self, name: str, new: Tensor) -> None:
         """Add what another meter has of a name."""
         if (old := self.sums.get(name)) is not None:
@@ -50,10 +58,12 @@ class Meter:
         return self.latest[name].mean().item()
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Name -> mean, std (over the samples), min and max."""
+        """Name -> mean, std (over the samples), min and max; without the names of which nothing was finite."""
         result = {}
         for name, sums in self.sums.items():
             count, total, squares, low, high = sums.tolist()
+            if count == 0:
+                continue  # nothing of it was finite
             mean = total / count
             variance = max(0.0, squares / count - mean * mean)
             result[name] = {"mean": mean, "std": math.sqrt(variance), "min": low, "max": high}

@@ -92,7 +92,7 @@ class Monitor:
         crafted.watch(crafted.adv.detach(), crafted.adv.grad * (len(labels) / scale))
         stats, cosine = crafted.watch.stats, crafted.watch.cosine
         assert stats is not None
-        add = self.meter.add
+        add = self.meter.add_finite  # fp16 can overflow on the way to the pixels
         for name, values in (("fosc", stats.fosc), ("fosc_relative", stats.fosc_relative)):
             add(name, values)
             add(f"{name}_p95", values.float().quantile(0.95)[None])
