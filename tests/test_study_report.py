@@ -224,18 +224,19 @@ def test_a_winner_only_where_the_interval_excludes_zero(found: Results) -> None:
     (group,) = found.groups
     table = tables.comparison(group, "dtrades", "last")
     assert table is not None
+    assert table.header[5] == "higher"
     said = {(line[0], line[1]): line for line in table.rows}
     clear = said["D-TRADES (lambda_mean 4) − TRADES (beta 4)", "RA worst"]
     assert clear[2:4] == ["+13.3", "+9.7 to +16.9"]
     assert re.fullmatch(r"\+\d+\.\d to \+\d+\.\d", clear[4])
     assert clear[4] != clear[3]  # other test points would give others
-    assert clear[-1] == "D-TRADES (lambda_mean 4)"
+    assert clear[5] == "D-TRADES (lambda_mean 4)"
     unclear = said["D-TRADES (lambda_mean 1) − PGD-AT", "RA worst"]
     assert unclear[3] == "-12.4 to +12.4"
-    assert unclear[-1] == "not resolved"
+    assert unclear[5] == "not resolved"
     same = said["D-TRADES (lambda_mean 4) − TRADES (beta 4)", "NA"]
     assert same[2:5] == ["+0.0", "the same on each seed", "+0.0 to +0.0"]
-    assert same[-1] == "not resolved"
+    assert same[5] == "not resolved"
     lines = comparisons.in_words(group, "dtrades", "last")
     assert len(lines) == len(table.rows)
     start = "resnet18 on mnist5k, last epoch, RA worst: "

@@ -200,12 +200,13 @@ def comparison(group: Group, compare: str, checkpoint: Checkpoint, *, headlines:
                 f"{each.over_seeds.mean:+.{decimals}f}",
                 interval(each.over_seeds, decimals),
                 NOTHING if each.over_points is None else interval(each.over_points, decimals),
+                *([each.winner] if decides else []),
                 str(each.over_seeds.count),
                 statistics.seeds_needed(each.over_seeds, each.over_points) or NOTHING,
-                *([each.winner] if decides else []),
             ]
         )
-    header = ["pair", "of", "difference", "95 % over seeds", "95 % over images", "seeds", "seeds for 80 % power"]
+    header = ["pair", "of", "difference", "95 % over seeds", "95 % over images"]
+    header += [*(["higher"] if decides else []), "seeds", "seeds for 80 % power"]
     several = sum(each.over_seeds.count > 1 for each in found)
     caption = (
         f"{group.name}, {checkpoint} epoch: paired differences on the same seeds. Over seeds: Student's t, for other "
@@ -219,7 +220,6 @@ def comparison(group: Group, compare: str, checkpoint: Checkpoint, *, headlines:
         )
         caption += " would exclude zero by chance if nothing differed."
     if decides:
-        header.append("higher")
         caption += " What is higher is named only where both intervals exclude zero."
     elif headlines:
         caption += f" The {group.protocol} conditions differ between methods: they name no winner."
