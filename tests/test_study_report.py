@@ -398,6 +398,36 @@ def test_points_and_radii_are_not_mixed(study: Study, runs: Path, found: Results
     assert len({table.name for table in shown if table is not None}) == 2
 
 
+def test_differences_under_other_conditions_name_no_winner(study: Study, runs: Path, tmp_path: Path) -> None:
+    """All runs of the main part were attacked at a smaller radius, too, under which TRADES is far lower."""
+
+    def change(cell: Cell, folder: Path) -> None:
+        if cell.part == "main":
+            stand = 30 + cell.seed - 20 * (cell.method == "trades")
+            record = of_attack(cell, "pgd20", epsilon="0.1")
+            add_records(folder, {**record, "attacks": {"pgd20": {"ra": stand / POINTS, "correct": flags(stand)}}})
+
+    made = changed(study, runs, tmp_path / "runs", change)
+    (group,) = made.groups
+    usual, other = (tables.comparison(group, "dtrades", "last", number=number) for number in (0, 1))
+    assert usual is not None
+    assert other is not None
+    assert usual.name != other.name
+    assert "higher" in usual.header
+    assert "higher" not in other.header
+    assert other.caption.startswith("resnet18 on mnist5k, last epoch, Linf 0.1, 40 test images: paired")
+    assert "RA worst is that under pgd20 here: no winner is named by it" in other.caption
+    pair = "D-TRADES (lambda_mean 4) − TRADES (beta 4)"
+    assert [row[1] for row in other.rows if row[0] == pair] == ["NA", "RA worst", "RA worst class"]
+    (worst,) = [row for row in other.rows if row[:2] == [pair, "RA worst"]]
+    assert worst[2] == "+50.0"
+    for number, table in ((0, usual), (1, other)):  # 40 points are these of either
+        assert table.caption.count(group.basis("last", number).words) == 1
+    assert cli.main(["report", str(study.path), "--runs-dir", str(tmp_path / "runs")]) == 0
+    text = (tmp_path / "runs" / "report" / "results.md").read_text()
+    assert "<summary>The same on Linf 0.1, 40 test images: resnet18 on mnist5k</summary>" in text
+
+
 def test_attacks_of_some_runs_stand_beside_what_the_same_runs_had(study: Study, runs: Path, tmp_path: Path) -> None:
     def change(cell: Cell, folder: Path) -> None:
         kept = json.loads((folder / "eval.json").read_text())
@@ -516,6 +546,30 @@ def test_the_worst_class_has_an_interval_over_images(found: Results) -> None:
     assert one.over_points is not None
     assert one.over_points.mean == pytest.approx(one.over_seeds.mean)
     assert one.over_points.low < one.over_points.mean < one.over_points.high
+
+
+def test_a_worst_class_in_which_nothing_stands_has_no_interval_over_images(
+    study: Study, runs: Path, tmp_path: Path
+) -> None:
+    """Drawn points cannot take it below 0, and would show a difference to it as certain."""
+
+    def change(cell: Cell, folder: Path) -> None:
+        if cell.method == "trades" and cell.seed == 1:
+            kept = json.loads((folder / "eval.json").read_text())
+            for record in kept["evaluations"]:
+                for attack in record["attacks"].values():
+                    stand = [c if label else "0" for c, label in zip(attack["correct"], record["labels"], strict=True)]
+                    attack["correct"] = "".join(stand)
+            (folder / "eval.json").write_text(json.dumps(kept))
+
+    (group,) = changed(study, runs, tmp_path / "runs", change).groups
+    worst = [d for d in comparisons.differences(group, "dtrades", "last") if d.name == "worst class"]
+    of_trades = [d for d in worst if d.theirs.method == "trades"]
+    assert of_trades
+    for each in of_trades:
+        assert each.over_points is None
+        assert each.winner == "not resolved"
+    assert [d for d in worst if d.over_points is not None]
 
 
 def test_where_cells_ran_is_told_with_their_commits(study: Study, runs: Path, tmp_path: Path) -> None:

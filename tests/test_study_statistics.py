@@ -143,7 +143,8 @@ def test_what_the_bootstrap_refuses() -> None:
 
 def test_no_winner_where_the_interval_contains_zero() -> None:
     clear = paired(seeded([50.0, 51.0, 50.5]), seeded([47.0, 48.2, 47.4]))
-    said = f"A is 3.0 points above B (95 % interval +{clear.low:.1f} to +{clear.high:.1f}, 3 seeds)"
+    said = f"A is 3.0 points above B (95 % interval +{clear.low:.1f} to +{clear.high:.1f}, 3 seeds; "
+    said += "+1.0 to +5.0 over test images)"
     assert verdict(clear, "A", "B", points=Interval(3, 1, 5)) == said
     flipped = paired(seeded([47.0, 48.2, 47.4]), seeded([50.0, 51.0, 50.5]))
     assert verdict(flipped, "B", "A", points=Interval(-3, -5, -1)) == said

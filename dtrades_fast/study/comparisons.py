@@ -100,20 +100,22 @@ class Difference:
 
 
 @functools.lru_cache(maxsize=32)
-def differences(group: Group, compare: str, checkpoint: Checkpoint) -> Sequence[Difference]:
+def differences(group: Group, compare: str, checkpoint: Checkpoint, number: int = 0) -> Sequence[Difference]:
     """All figures of all pairs that are to be compared.
 
     Args:
         group: of rows.
         compare: the method that is compared with the others.
         checkpoint: whose weights.
+        number: of the conditions of evaluation; 0 are the usual ones, under others there are no norms.
     """
-    basis, found = group.bases.get(checkpoint), []
+    basis, found = group.basis(checkpoint, number), []
     for ours, theirs in pairs(group, compare):
         a, b = (of_seeds(row, checkpoint, basis) for row in (ours, theirs))
         for name in dict.fromkeys(name for side in (a, b) for seed in side.values() for name in seed):
             x, y = ({seed: values[name] for seed, values in side.items() if name in values} for side in (a, b))
-            if name not in NOT_COMPARED and set(x) & set(y):
+            counts = name not in NOT_COMPARED and not (number and name.startswith("APN "))
+            if counts and set(x) & set(y):
                 drawn = over_points(ours, theirs, checkpoint, basis, name)
                 found.append(Difference(ours, theirs, checkpoint, name, statistics.paired(x, y), drawn))
     return found
@@ -134,7 +136,8 @@ def over_points(
 def over_points_of_classes(
     both: Sequence[tuple[Result, Result]], checkpoint: Checkpoint, basis: Basis
 ) -> statistics.Interval | None:
-    """Of the robust accuracy of the worst class, which may be another one for other points."""
+    """Of the robust accuracy of the worst class, which may be another one for other points; None where it is 0 in some
+    network: no draw of these points can take it below that, so that they do not show how much others would vary."""
     stand = [[result.standing(checkpoint, basis, basis.attacks) for result in pair] for pair in both]
     found = [(a, b) for a, b in stand if a is not None and b is not None]
     records = [record for result, _ in both if (record := result.record(checkpoint, basis)) is not None]
@@ -144,13 +147,14 @@ def over_points_of_classes(
     labels = np.array(records[0]["labels"])  # the same points, and so the same labels, in all
     classes = (labels == np.unique(labels)[:, None]).astype(float)  # [classes, points]
 
-    def difference(weights: NDArray[np.float64]) -> float:
+    def worst(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         share = classes @ weights
         here = share > 0
-        worst = ((values * weights) @ classes[here].T / share[here]).min(-1)
-        return float((worst[:, 0] - worst[:, 1]).mean())
+        return np.array(((values * weights) @ classes[here].T / share[here]).min(-1))  # [seeds, ours and theirs]
 
-    return statistics.resampled(difference, len(labels))
+    if (worst(np.full(len(labels), 1 / len(labels))) == 0).any():
+        return None
+    return statistics.resampled(lambda weights: float(-np.diff(worst(weights)).mean()), len(labels))
 
 
 def per_point(result: Result, checkpoint: Checkpoint, basis: Basis | None, name: str) -> NDArray[np.float64] | None:

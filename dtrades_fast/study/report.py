@@ -191,6 +191,9 @@ def comparison(group: Group, compare: str, at: Checkpoint) -> Iterator[Block]:
         yield Details(f"The same in words: {group.name}", [said(lines)])
     if (rest := tables.comparison(group, compare, at, headlines=False)) is not None:
         yield Details(f"Paired differences of all other figures: {group.name}", [rest])
+    for number, basis in enumerate(group.other_bases(at), 1):
+        if (table := tables.comparison(group, compare, at, number=number)) is not None:
+            yield Details(f"The same on {basis.words}: {group.name}", [table])
     other = other_than(at)
     if (table := tables.comparison(group, compare, other)) is not None:
         yield Details(f"The same of the {other} epoch: {group.name}", [table])

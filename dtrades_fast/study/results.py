@@ -253,6 +253,10 @@ class Group:
         """Other conditions, under which some of the runs were attacked, too."""
         return self._conditions(checkpoint)[1:]
 
+    def basis(self, checkpoint: Checkpoint, number: int = 0) -> Basis | None:
+        """Conditions by their number: 0 are the usual ones, from 1 on the others; None without any."""
+        return self.other_bases(checkpoint)[number - 1] if number else self.bases.get(checkpoint)
+
     def _conditions(self, checkpoint: Checkpoint) -> list[Basis]:
         results = [result for row in self.rows for result in row.results.values()]
         searches = {
@@ -412,7 +416,7 @@ def doubts(result: Result, checkpoint: Checkpoint) -> list[str]:
         judged = record["verdict"]
         if judged["verdict"] != "healthy":
             why = [r if isinstance(r, str) else str(r.get("text", r)) for r in judged["reasons"]]
-            found.append(f"{judged['verdict']}: {'; '.join(why)}")
+            found.append(f"{len(record['ids'])} images, {judged['verdict']}: {'; '.join(why)}")
     return found
 
 

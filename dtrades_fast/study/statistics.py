@@ -261,6 +261,9 @@ def verdict(
         (above, below), sign = ((name, other), 1) if found.mean > 0 else ((other, name), -1)
         low, high = sorted((sign * found.low, sign * found.high))
         interval = f"95 % interval {low:+.{decimals}f} to {high:+.{decimals}f}, {seeds}"
+        if points is not None:
+            low, high = sorted((sign * points.low, sign * points.high))
+            interval += f"; {low:+.{decimals}f} to {high:+.{decimals}f} over test images"
         return f"{above} is {abs(found.mean):.{decimals}f}{unit} above {below} ({interval})"
     difference = f"not resolved: {name} minus {other} {found.mean:+.{decimals}f}{unit}"
     if found.count == 1:

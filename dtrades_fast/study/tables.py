@@ -177,7 +177,9 @@ def weights(group: Group) -> Table | None:
 # ---- comparisons -----------------------------------------------------------------------------------------------------
 
 
-def comparison(group: Group, compare: str, checkpoint: Checkpoint, *, headlines: bool = True) -> Table | None:
+def comparison(
+    group: Group, compare: str, checkpoint: Checkpoint, *, headlines: bool = True, number: int = 0
+) -> Table | None:
     """The differences as a table; None if there are none.
 
     Args:
@@ -185,11 +187,13 @@ def comparison(group: Group, compare: str, checkpoint: Checkpoint, *, headlines:
         compare: the method that is compared with the others.
         checkpoint: whose weights.
         headlines: of what matters most, with the winners where the group decides; else of all other figures.
+        number: of the conditions of evaluation; 0 are the usual ones, only they name winners.
     """
-    found = [d for d in differences(group, compare, checkpoint) if (d.name in HEADLINES) == headlines]
+    found = [d for d in differences(group, compare, checkpoint, number) if (d.name in HEADLINES) == headlines]
     if not found:
         return None
-    decides = headlines and group.protocol == "common"
+    decides = headlines and group.protocol == "common" and number == 0
+    basis = group.basis(checkpoint, number)
     lines = []
     for each in found:
         decimals = DECIMALS.get(each.name, 1)
@@ -209,10 +213,10 @@ def comparison(group: Group, compare: str, checkpoint: Checkpoint, *, headlines:
     header += [*(["higher"] if decides else []), "seeds", "seeds for 80 % power"]
     several = sum(each.over_seeds.count > 1 for each in found)
     caption = (
-        f"{group.name}, {checkpoint} epoch: paired differences on the same seeds. Over seeds: Student's t, for other "
-        "trainings; over images: bootstrap, for other test images of these networks. The seeds needed are an order of "
-        "magnitude, if difference and deviation are as seen; more images are needed, too, where the interval over "
-        "images contains zero."
+        f"{group.name}, {checkpoint} epoch{f', {basis.words}' if basis else ''}: paired differences on the same "
+        "seeds. Over seeds: Student's t, for other trainings; over images: bootstrap, for other test images of these "
+        "networks. The seeds needed are an order of magnitude, if difference and deviation are as seen; more images "
+        "are needed, too, where the interval over images contains zero."
     )
     if several:
         caption += (
@@ -221,9 +225,12 @@ def comparison(group: Group, compare: str, checkpoint: Checkpoint, *, headlines:
         caption += " would exclude zero by chance if nothing differed."
     if decides:
         caption += " What is higher is named only where both intervals exclude zero."
+    elif number and basis is not None:
+        caption += f" RA worst is that under {', '.join(basis.attacks)} here: no winner is named by it."
     elif headlines:
         caption += f" The {group.protocol} conditions differ between methods: they name no winner."
-    name = slug(f"{group.protocol}-{group.name}-comparison-{checkpoint}{'' if headlines else '-of-the-rest'}")
+    rest = ("" if headlines else "-of-the-rest") + (f"-{number + 1}" if number else "")
+    name = slug(f"{group.protocol}-{group.name}-comparison-{checkpoint}{rest}")
     return Table(name, caption + mark_explained(lines), header, lines)
 
 
@@ -263,10 +270,10 @@ def trade_offs(group: Group, checkpoint: Checkpoint) -> Table | None:
         return None
     header = ["method", "NA", "RA worst", "harmonic mean", "on the front, seeds", "area under the method's front"]
     caption = (
-        f"{group.name}, {checkpoint} epoch: trade-off, in %. A run is on the front of its seed if no other run exceeds "
-        "it in both accuracies; the area, of methods with several settings and given once, is the share of all pairs "
-        "of accuracies that one of its settings exceeds: it takes the best setting of each seed, which favours methods "
-        "that scatter."
+        f"{group.name}, {checkpoint} epoch: trade-off, in %. A run is on the front of its seed if no other run is "
+        "higher in one accuracy and at least as high in the other; the area, of methods with several settings and "
+        "given once, is the share of all pairs of accuracies that one of its settings exceeds: it takes the best "
+        "setting of each seed, which favours methods that scatter."
     )
     name = slug(f"{group.protocol}-{group.name}-trade-off-{checkpoint}")
     return Table(name, caption + mark_explained(lines), header, lines)
@@ -321,7 +328,9 @@ def masked_gradients(group: Group) -> Table:
     caption = (
         f"{group.name}: gradient masking in training, as the monitor saw it, and the verdicts of the evaluations. "
         "Healthy means that no rule fired, not that few steps tell the truth: by how many points PGD alone was above "
-        "all attacks together, in the worst run and epoch, stands beside it."
+        "all attacks together, in the worst run and epoch, stands beside it. A verdict is of those points that "
+        "evaluate looks at (64 of the test images unless told otherwise); searches for the smallest perturbation are "
+        "not counted."
     )
     return Table(slug(f"{group.protocol}-{group.name}-masking"), caption, header, lines)
 
