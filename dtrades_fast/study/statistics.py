@@ -7,6 +7,7 @@ a winner is named only where both exclude zero.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -195,13 +196,21 @@ def bootstrap(
     per_point = (a - b).mean(0)
     if bad := int((~np.isfinite(per_point)).sum()):
         raise ValueError(f"{bad} of {len(per_point)} points have no result")
-    random, points = np.random.default_rng(seed), len(per_point)
-    means = []
-    for first in range(0, resamples, CHUNK):
-        drawn = random.multinomial(points, np.full(points, 1 / points), size=min(CHUNK, resamples - first))
-        means.append(drawn @ per_point / points)
+    drawn, points = draws(len(per_point), resamples, seed), len(per_point)
+    means = [drawn[first : first + CHUNK].astype(float) @ per_point / points for first in range(0, resamples, CHUNK)]
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(per_point.mean()), float(low), float(high))
+
+
+@functools.lru_cache(maxsize=4)
+def draws(points: int, resamples: int, seed: int) -> NDArray[np.uint16]:
+    """How often each point is drawn, [resamples, points]; kept, since all figures of a report are drawn alike."""
+    random, drawn = np.random.default_rng(seed), np.empty((resamples, points), dtype=np.uint16)
+    for first in range(0, resamples, CHUNK):
+        count = min(CHUNK, resamples - first)
+        drawn[first : first + count] = random.multinomial(points, np.full(points, 1 / points), size=count)
+    drawn.flags.writeable = False
+    return drawn
 
 
 def resampled(
@@ -230,7 +239,7 @@ def resampled(
     mean = statistic(np.full(points, 1 / points))
     if mean is None:
         raise ValueError("a statistic that does not exist has no interval")
-    drawn = np.random.default_rng(seed).multinomial(points, np.full(points, 1 / points), size=resamples)
+    drawn = draws(points, resamples, seed)
     values = [value for counts in drawn if (value := statistic(counts / points)) is not None]
     low, middle, high = np.quantile(values, [(1 - level) / 2, 0.5, (1 + level) / 2])
     return Interval(mean, float(low - middle + mean), float(high - middle + mean))

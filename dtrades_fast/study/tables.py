@@ -167,8 +167,9 @@ def weights(group: Group) -> Table | None:
         return None
     caption = (
         f"{group.name}: the weight of the regularisation as it was in training, mean ± standard deviation over seeds. "
-        "Calibration fixes the mean of λ(x) where it ends; as entropy and sensitivity change, so does λ(x). Runs are "
-        "alike in weight by these columns, not by their names."
+        "Calibration fixes the mean of λ(x) where it ends; as entropy and sensitivity change, so does λ(x). The mean "
+        "over training includes the warm-up, in which all images have the same weight. Runs are alike in weight by "
+        "these columns, not by their names."
     )
     header = ["method", "part", "mean over training", "mean in the last epoch", "seeds"]
     return Table(slug(f"{group.protocol}-{group.name}-weights"), caption, header, lines)
