@@ -302,7 +302,8 @@ def test_masking_is_reported_with_its_reasons(found: Results) -> None:
     assert cell_of(table, "FAAL", "runs with an alarm") == "3 of 3"
     assert cell_of(table, "FAAL", "% of steps") == "50.0"
     assert cell_of(table, "FAAL", "healthy evaluations") == "4 of 6"
-    assert cell_of(table, "FAAL", "others") == "seed 2, last, masked: too good; seed 2, best, masked: too good"
+    of_both = "; ".join(f"seed 2, {checkpoint}, 40 images, masked: too good" for checkpoint in ("last", "best"))
+    assert cell_of(table, "FAAL", "others") == of_both
     assert cell_of(table, "FAAL", "PGD − RA worst, largest") == "2.5"  # a point that fgsm alone breaks
     assert cell_of(table, "PGD-AT", "others") == "–"
 
@@ -570,6 +571,9 @@ def test_a_worst_class_in_which_nothing_stands_has_no_interval_over_images(
         assert each.over_points is None
         assert each.winner == "not resolved"
     assert [d for d in worst if d.over_points is not None]
+    table = tables.comparison(group, "dtrades", "last")
+    assert table is not None
+    assert "A worst class in which nothing stands has no interval over images." in table.caption
 
 
 def test_where_cells_ran_is_told_with_their_commits(study: Study, runs: Path, tmp_path: Path) -> None:
@@ -667,7 +671,7 @@ def test_protocols_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[
     text = (runs / "report" / "results.md").read_text()
     captions = [line for line in text.splitlines() if line.startswith("resnet18 on mnist5k")]
     assert len(captions) == len(set(captions))
-    assert "resnet18 on mnist5k, published conditions, last epoch: paired differences" in text
+    assert "resnet18 on mnist5k, published conditions, last epoch, Linf 0.3, 40 test images: paired differences" in text
     assert "they name no winner" in text
 
 

@@ -213,6 +213,7 @@ def comparison(
     header = ["pair", "of", "difference", "95 % over seeds", "95 % over images"]
     header += [*(["higher"] if decides else []), "seeds", "seeds for 80 % power"]
     several = sum(each.over_seeds.count > 1 for each in found)
+    at_zero = any(each.name == "worst class" and each.over_points is None for each in found)
     caption = (
         f"{group.name}, {checkpoint} epoch{f', {basis.words}' if basis else ''}: paired differences on the same "
         "seeds. Over seeds: Student's t, for other trainings; over images: bootstrap, for other test images of these "
@@ -224,6 +225,8 @@ def comparison(
             f" The intervals are not corrected for their number: of {several} over seeds, about {several / 20:.0f}"
         )
         caption += " would exclude zero by chance if nothing differed."
+    if at_zero:
+        caption += " A worst class in which nothing stands has no interval over images."
     if decides:
         caption += " What is higher is named only where both intervals exclude zero."
     elif number and basis is not None:
