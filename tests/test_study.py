@@ -18,6 +18,7 @@ import tiny_run
 import torch
 from tiny_run import assert_same, result
 
+import dtrades_fast
 from dtrades_fast import cli, environment
 from dtrades_fast.study import cell as cells
 from dtrades_fast.study import study as command
@@ -73,6 +74,28 @@ def python(*words: str, **environment: str) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, **environment},
     )
+
+
+def test_cells_run_this_package_and_not_one_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a checkout after ``pip install .``: what lies there is not compiled."""
+    other = tmp_path / "dtrades_fast"
+    other.mkdir()
+    for name in ("__init__", "__main__"):
+        (other / f"{name}.py").write_text("raise SystemExit('of the working directory')")
+    monkeypatch.chdir(tmp_path)
+    plain = subprocess.run([sys.executable, "-m", "dtrades_fast", "--help"], capture_output=True, text=True)
+    assert "of the working directory" in plain.stderr
+    monkeypatch.setenv("PYTHONPATH", str(Path(dtrades_fast.__file__).parents[1]))  # installed or not
+    done = subprocess.run([*command.this_package(), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "recipes" in done.stdout
+
+
+def test_a_checkout_that_runs_is_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(dtrades_fast.__file__).parents[1])
+    assert command.this_package() == [sys.executable, "-m", "dtrades_fast"]
 
 
 # ---- one cell --------------------------------------------------------------------------------------------------------

@@ -164,9 +164,19 @@ def matching(study: Study, pattern: str) -> list[str]:
 
 def command(options: Options, cell: Cell, threads: int | None = None) -> list[str]:
     """Runs one cell, whatever executes it."""
-    words = [sys.executable, "-m", "dtrades_fast", "study", str(options.study), "--runs-dir", str(options.runs)]
+    words = [*this_package(), "study", str(options.study), "--runs-dir", str(options.runs)]
     words += ["--executor", "inline", "--cells", cell.name]
     return [*words, *Machine(options.device, options.threads or threads, options.data_root).words]
+
+
+def this_package() -> list[str]:
+    """What starts the package that runs here, and not one that lies in the working directory: in a checkout, ``python
+    -m`` would take its sources, of which ``pip install .`` compiles nothing in place."""
+    if Path(__file__).parents[2].resolve() == Path.cwd().resolve():
+        return [sys.executable, "-m", "dtrades_fast"]
+    if sys.version_info >= (3, 11):
+        return [sys.executable, "-P", "-m", "dtrades_fast"]
+    return [sys.executable, "-c", "import sys; sys.path.pop(0); from dtrades_fast.cli import main; sys.exit(main())"]
 
 
 def make_executor(options: Options) -> Executor:
