@@ -422,7 +422,7 @@ def test_differences_under_other_conditions_name_no_winner(study: Study, runs: P
     assert [row[1] for row in other.rows if row[0] == pair] == ["NA", "RA worst", "RA worst class"]
     (worst,) = [row for row in other.rows if row[:2] == [pair, "RA worst"]]
     assert worst[2] == "+50.0"
-    for number, table in ((0, usual), (1, other)):  # 40 points are these of either
+    for number, table in ((0, usual), (1, other)):
         assert table.caption.count(group.basis("last", number).words) == 1
     assert cli.main(["report", str(study.path), "--runs-dir", str(tmp_path / "runs")]) == 0
     text = (tmp_path / "runs" / "report" / "results.md").read_text()

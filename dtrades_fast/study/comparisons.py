@@ -114,8 +114,7 @@ def differences(group: Group, compare: str, checkpoint: Checkpoint, number: int 
         a, b = (of_seeds(row, checkpoint, basis) for row in (ours, theirs))
         for name in dict.fromkeys(name for side in (a, b) for seed in side.values() for name in seed):
             x, y = ({seed: values[name] for seed, values in side.items() if name in values} for side in (a, b))
-            counts = name not in NOT_COMPARED and not (number and name.startswith("APN "))
-            if counts and set(x) & set(y):
+            if name not in NOT_COMPARED and set(x) & set(y):
                 drawn = over_points(ours, theirs, checkpoint, basis, name)
                 found.append(Difference(ours, theirs, checkpoint, name, statistics.paired(x, y), drawn))
     return found

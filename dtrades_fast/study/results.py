@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -247,15 +247,20 @@ class Group:
 
         Of several with as many runs, those with the most attacks in common, then the most points.
         """
-        return {checkpoint: found[0] for checkpoint in CHECKPOINTS if (found := self._conditions(checkpoint))}
+        return {checkpoint: found[0] for checkpoint, found in self._bases.items() if found}
 
     def other_bases(self, checkpoint: Checkpoint) -> list[Basis]:
         """Other conditions, under which some of the runs were attacked, too."""
-        return self._conditions(checkpoint)[1:]
+        return self._bases[checkpoint][1:]
 
     def basis(self, checkpoint: Checkpoint, number: int = 0) -> Basis | None:
         """Conditions by their number: 0 are the usual ones, from 1 on the others; None without any."""
-        return self.other_bases(checkpoint)[number - 1] if number else self.bases.get(checkpoint)
+        found = self._bases[checkpoint]
+        return found[number] if number < len(found) else None
+
+    @cached_property
+    def _bases(self) -> dict[Checkpoint, list[Basis]]:
+        return {checkpoint: self._conditions(checkpoint) for checkpoint in CHECKPOINTS}
 
     def _conditions(self, checkpoint: Checkpoint) -> list[Basis]:
         results = [result for row in self.rows for result in row.results.values()]
@@ -275,7 +280,8 @@ class Group:
             chosen = [max(run, key=lambda names: len(set(names) & set(usual))) for run in theirs]
             common = tuple(name for name in usual if all(name in names for names in chosen))
             found.append((len(theirs), len(common), len(ids), Basis(epsilon, norm, ids, common, norms)))
-        return [basis for *_, basis in sorted(found, key=lambda one: one[:3], reverse=True)]
+        bases = [basis for *_, basis in sorted(found, key=lambda one: one[:3], reverse=True)]
+        return bases[:1] + [replace(basis, norms={}) for basis in bases[1:]]  # norms are shown once
 
 
 @dataclass(frozen=True)

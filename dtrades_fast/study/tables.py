@@ -81,7 +81,7 @@ def accuracies(group: Group, part: str, checkpoint: Checkpoint, basis: Basis, nu
     attacked = [f"RA {name}" for name in basis.attacks]
     attacked = attacked or [n for n in dict.fromkeys(names) if n.startswith("RA ") and n != "RA worst"]
     order = ["NA", *attacked, "RA worst", "RD", "ASR all", "ASR correct", "worst class"]
-    order = [name for name in (*order, *(["APN Linf", "APN L2"] if number == 0 else [])) if name in names]
+    order = [name for name in (*order, "APN Linf", "APN L2") if name in names]
     lines, overfit = [], checkpoint == "last" and number == 0
     for row, seeds in found.items():
         values = {name: [seed[name] for seed in seeds.values() if name in seed] for name in order}
